@@ -1,0 +1,46 @@
+"""The result of an asynchronous collective."""
+
+from __future__ import annotations
+
+import threading
+
+from ringps.errors import RingpsError
+
+
+class Handle:
+    """A collective that is under way. Its tensors must not be touched until `wait` returns."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._finished = threading.Event()
+        self._error: RingpsError | None = None
+
+    def done(self) -> bool:
+        """It has ended, well or not."""
+        return self._finished.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until the result is in the output tensor.
+
+        Args:
+            timeout_s: give up after so many seconds; the collective itself goes on. None waits for
+                as long as it takes: the ring has limits of its own (`ringps.Timeouts`).
+
+        Raises:
+            TimeoutError: it has not ended within `timeout_s`.
+            RingBrokenError: a member is gone. The output tensor's contents are undefined.
+            CollectiveError: ranks disagreed, or nothing moved for `op_timeout_s`; likewise.
+            ClosedError: this process shut the ring down.
+        """
+        if not self._finished.wait(timeout_s):
+            raise TimeoutError(f"{self._name} has not ended within {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+
+    def _settle(self, error: RingpsError | None = None) -> None:
+        self._error = error
+        self._finished.set()
+
+    def __repr__(self) -> str:
+        state = "under way" if not self.done() else "failed" if self._error else "done"
+        return f"<Handle of {self._name}: {state}>"

@@ -1,0 +1,93 @@
+"""Settings: frozen, keyword-only, checked on construction; nothing here reads the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+TransportName = Literal["auto", "tcp"]
+TRANSPORTS: tuple[TransportName, ...] = ("auto", "tcp")
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def _check_positive(settings: object) -> None:
+    for entry in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, entry.name)
+        if not value > 0:
+            raise ValueError(f"{entry.name} must be greater than 0, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Every limit on waiting, in seconds."""
+
+    connect_timeout_s: float = 10.0
+    """How long a worker or launcher tries to reach the coordinator before it gives up."""
+
+    rendezvous_timeout_s: float = 300.0
+    """How long `ringps.init()` waits, once connected, for the other workers to arrive."""
+
+    heartbeat_interval_s: float = 0.25
+    """How often every worker tells the coordinator that it is alive."""
+
+    heartbeat_timeout_s: float = 3.0
+    """Silence after which the coordinator counts a worker as lost (frozen or cut off)."""
+
+    op_timeout_s: float = 300.0
+    """How long a collective may go without any progress before it is an error."""
+
+    inquiry_timeout_s: float = 2.0
+    """How long to wait for all ranks' answers when they disagree about a collective."""
+
+    shutdown_timeout_s: float = 30.0
+    """How long `ringps.shutdown()` waits for the other ranks to finish too."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.heartbeat_timeout_s < 2 * self.heartbeat_interval_s:
+            raise ValueError(
+                f"heartbeat_timeout_s ({self.heartbeat_timeout_s}) must be at least twice "
+                f"heartbeat_interval_s ({self.heartbeat_interval_s}), or one late beat ends the job"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How gradients travel. All ranks must use the same values."""
+
+    chunk_bytes: int = MIB
+    """Size of one pipelined piece of a tensor on the wire."""
+
+    send_queue_chunks: int = 8
+    """Chunks that may wait in each socket's send and receive queue (bounds memory per link)."""
+
+    io_threads: int = 1
+    """ZeroMQ I/O threads per worker."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.chunk_bytes % 64:
+            raise ValueError(f"chunk_bytes must be a multiple of 64, not {self.chunk_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one worker; `ringps.init(config)` takes it."""
+
+    transport: TransportName = "auto"
+    """"auto" picks the fastest that every member can use and says once which, and why."""
+
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    """Limits on waiting."""
+
+    exchange: Exchange = field(default_factory=Exchange)
+    """How gradients travel."""
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport {self.transport!r} is not available in this version; "
+                f"choose one of {', '.join(TRANSPORTS)}"
+            )

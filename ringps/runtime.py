@@ -1,0 +1,287 @@
+"""The composition root: puts a worker's parts together and takes them apart again.
+
+The only module that knows of all rooms. The functions here are the public API (`ringps.init()`
+and so on); each acts on the one ring that this process belongs to.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ringps import worker_env
+from ringps.collectives import Communicator, Handle, current, use
+from ringps.collectives.engine import Engine
+from ringps.config import Config
+from ringps.data import sampler
+from ringps.errors import PeerLostError, RingBrokenError, RingpsError
+from ringps.membership import JobKey, WorkerLink
+from ringps.ring.topology import Generation, Member
+from ringps.transport.zmq_tcp import ZmqTcpListener
+from ringps.worker_env import WorkerEnv
+
+
+class _Bridge:
+    """Takes what the coordinator says to the engine. Called on the link's thread."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._early: PeerLostError | None = None
+
+    def attach(self, engine: Engine) -> None:
+        self.engine = engine
+        if self._early is not None:
+            engine.fail(self._early)
+
+    def on_lost(self, error: PeerLostError) -> None:
+        self._early = error
+        if self.engine is not None:
+            self.engine.fail(error)
+
+    def on_left(self, rank: int, completed: int) -> None:
+        if self.engine is not None:
+            self.engine.peer_left(rank, completed)
+
+    def on_inquiry(self, sequence: int) -> str:
+        return self.engine.describe(sequence) if self.engine is not None else "no ring yet"
+
+    def on_verdict(self, sequence: int, calls: tuple[str, ...]) -> None:
+        if self.engine is not None:
+            self.engine.verdict(sequence, calls)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """This process's parts, and the process that they belong to."""
+
+    communicator: Communicator
+    engine: Engine
+    link: WorkerLink | None
+    local_rank: int
+    pid: int
+
+
+_ring: _Ring | None = None
+
+
+def init(config: Config | None = None) -> None:
+    """Join the ring.
+
+    Started by `ringps run`, this waits until all workers of the job have come. Started by hand it
+    makes a ring of one, so that the same script runs alone.
+
+    Args:
+        config: settings; None takes the defaults, changed by `RINGPS_*` variables.
+
+    Raises:
+        SetupError: the coordinator cannot be reached, holds another key, or refused this worker.
+        PeerLostError: a worker died before the ring was formed.
+        ValueError: called a second time, or a malformed variable.
+    """
+    global _ring
+    if _ring is not None:
+        raise ValueError("ringps.init() was called already; call it once, before everything else")
+    config = config or worker_env.configure()
+    env = worker_env.read()
+    _ring = _join(env, config) if env is not None else _alone(config)
+    use(_ring.communicator)
+
+
+def shutdown() -> None:
+    """Leave the ring, once the other ranks have finished too. Does nothing without a ring.
+
+    Also happens by itself when the script ends. After it, `init` may not be called again: the
+    job's ring is complete.
+
+    Raises:
+        RingBrokenError: a member was lost, or left while this rank still needed it.
+        TimeoutError: the other ranks did not finish within `shutdown_timeout_s`.
+    """
+    global _ring
+    ring, _ring = _ring, None
+    use(None)
+    if ring is None or ring.pid != os.getpid():
+        return
+    try:
+        ring.engine.drain()
+        if ring.link is not None:
+            ring.link.leave(ring.engine.completed)
+    finally:
+        _take_apart(ring)
+
+
+def rank() -> int:
+    """This worker's position in the ring, 0 to world_size - 1; may change with the generation."""
+    return current().rank
+
+
+def world_size() -> int:
+    """Number of workers in the ring."""
+    return current().world_size
+
+
+def local_rank() -> int:
+    """This worker's position among those of its machine."""
+    current()
+    return _ring.local_rank if _ring is not None else 0
+
+
+def generation() -> int:
+    """Number of the current membership; grows with every change, 1 is the first."""
+    return current().generation.number
+
+
+def worker_id() -> int:
+    """This worker's number, which it keeps for the whole job."""
+    view = current().generation
+    return view.members[view.rank].worker_id
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum", async_op: bool = False) -> Handle | None:
+    """Combine a CPU tensor over all ranks in place; see `Communicator.all_reduce`.
+
+    Args:
+        tensor: any shape and strides; float, integer, or (min and max) bool.
+        op: "sum", "mean", "min", "max" or "prod".
+        async_op: return a `Handle` at once; the tensor is the ring's until `Handle.wait` returns.
+
+    Raises:
+        ValueError: a tensor or op that cannot be reduced.
+        RingBrokenError, CollectiveError, ClosedError: no result; the contents are undefined.
+    """
+    return current().all_reduce(tensor, op, async_op)
+
+
+def reduce_scatter(
+    output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
+) -> Handle | None:
+    """Combine `input` over all ranks; rank i gets the i-th of world_size equal slices in `output`.
+
+    Arguments and errors as for `all_reduce`; `input` is only read.
+    """
+    return current().reduce_scatter(output, input, op, async_op)
+
+
+def all_gather(output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Handle | None:
+    """Concatenate all ranks' `input`, any dtype, in rank order in `output`, which is world_size
+    times as large. Errors as for `all_reduce`."""
+    return current().all_gather(output, input, async_op)
+
+
+def broadcast(tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
+    """Give every rank the values of rank `src`, any dtype, in place. Errors as for `all_reduce`."""
+    return current().broadcast(tensor, src, async_op)
+
+
+def barrier() -> None:
+    """Return when every rank has called it. Errors as for `all_reduce`."""
+    current().barrier()
+
+
+class ElasticBatchSampler(sampler.ElasticBatchSampler):
+    """This rank's share of each global batch; see `ringps.data.sampler.ElasticBatchSampler`."""
+
+    def __init__(
+        self,
+        dataset_len: int,
+        global_batch_size: int,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_len,
+            global_batch_size,
+            seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            place=lambda: (rank(), world_size()),
+        )
+
+
+def _alone(config: Config) -> _Ring:
+    member = Member(worker_id=0, host=socket.gethostname(), address="", pid=os.getpid())
+    view = Generation(number=1, members=(member,), rank=0)
+    engine = Engine(view, None, config.timeouts, None)
+    return _Ring(Communicator(view, engine, config.exchange), engine, None, 0, os.getpid())
+
+
+def _join(env: WorkerEnv, config: Config) -> _Ring:
+    bridge = _Bridge()
+    listeners: list[ZmqTcpListener] = []
+
+    def bind(token: JobKey, encrypt: bool) -> str:
+        listeners.append(ZmqTcpListener(env.address, token, config.exchange, encrypt=encrypt))
+        return listeners[-1].address
+
+    link = WorkerLink(env, config.timeouts, bridge)
+    try:
+        view = link.join(bind)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        link.close()
+        raise
+    if view.world_size > 1:
+        engine = Engine(view, listeners[-1].connect(view), config.timeouts, link)
+    else:
+        listeners[-1].close()
+        engine = Engine(view, None, config.timeouts, None)
+    bridge.attach(engine)
+    if view.rank == 0:
+        _announce(view.members, config)
+    communicator = Communicator(view, engine, config.exchange, on_step=link.report_step)
+    return _Ring(communicator, engine, link, env.local_rank, os.getpid())
+
+
+def _announce(members: Sequence[Member], config: Config) -> None:
+    hosts = len({member.host for member in members})
+    why = "auto: the one that this version has" if config.transport == "auto" else "as asked"
+    print(
+        f"ringps: {len(members)} workers on {hosts} host{'s' if hosts > 1 else ''}, "
+        f"transport tcp ({why})",
+        file=sys.stderr,
+    )
+
+
+def _take_apart(ring: _Ring) -> None:
+    ring.engine.close()
+    if ring.link is not None:
+        ring.link.close()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Leave in order if the script ended well; else say so at once, and do not wait for others."""
+    global _ring
+    if _ring is None or _ring.pid != os.getpid():
+        return
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if error is None:
+        try:
+            shutdown()
+        except (RingpsError, TimeoutError) as late:
+            print(f"ringps: while leaving the ring: {late}", file=sys.stderr)
+        return
+    ring, _ring = _ring, None
+    if ring.link is not None:
+        blames = error.blames if isinstance(error, RingBrokenError) else None
+        ring.link.fail(f"{type(error).__name__}: {error}"[:500], blames)
+    _take_apart(ring)
+
+
+def _forget() -> None:
+    """A forked child (a DataLoader worker) has none of the ring's threads: it is not in the ring."""
+    global _ring
+    _ring = None
+    use(None)
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,224 @@
+"""Chunks over ZeroMQ and TCP: a PULL socket that the left neighbour connects to, and a PUSH socket
+connected to the right one.
+
+PUSH and PULL keep order, never drop while connected and block at their high-water mark, which is
+what bounds memory. Payloads are sent from the caller's memory and received into libzmq's, without
+a copy on our side. Who connects must know the generation's token: as the password of ZMTP's PLAIN
+mechanism, or, where data is to be encrypted, as the key pair of CURVE.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from contextlib import suppress
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ringps.config import Exchange
+from ringps.errors import PeerLostError, SetupError
+from ringps.ring.topology import Generation
+from ringps.transport.base import Frame, Ticket, TransportStatistics
+from ringps.transport.keys import JobKey
+from ringps.transport.zap import ZapResponder
+from ringps.wire.header import HEADER_BYTES
+
+_DOMAIN = b"ringps-data"
+_CURVE_OVERHEAD_BYTES = 64
+"""More than encryption adds to a message: libzmq's size limit holds for what it receives."""
+
+_LINK_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+_REASONS = {
+    zmq.EVENT_DISCONNECTED: "its data connection closed",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not accept this generation's token",
+}
+
+_GARBAGE_PER_CALL = 256
+"""Refused messages after which `receive` gives the caller a turn to send."""
+
+
+class ZmqTcpListener:
+    """A bound data socket that nobody is connected to yet.
+
+    Its address goes to the coordinator; once that has formed the generation, `connect` makes it a
+    transport.
+    """
+
+    def __init__(self, ip: str, token: JobKey, exchange: Exchange, *, encrypt: bool) -> None:
+        """Bind to a free port of `ip`.
+
+        Raises:
+            SetupError: this machine has no address `ip`.
+        """
+        self._token = token
+        self._exchange = exchange
+        self._encrypt = encrypt
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=exchange.io_threads)
+        self._zap = ZapResponder(self._context, token)
+        self._pull = self._context.socket(zmq.PULL)
+        self._pull.linger = 0
+        self._pull.rcvhwm = exchange.send_queue_chunks
+        self._pull.maxmsgsize = max(exchange.chunk_bytes, HEADER_BYTES) + _CURVE_OVERHEAD_BYTES
+        self._pull.zap_domain = _DOMAIN
+        if encrypt:
+            token.secure_server(self._pull)
+        else:
+            self._pull.plain_server = True
+        literal = f"[{ip}]" if ":" in ip else ip
+        self._pull.ipv6 = ":" in ip
+        try:
+            port = self._pull.bind_to_random_port(f"tcp://{literal}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise SetupError(f"cannot listen on {ip}: {error.strerror}; is it this machine's?") from error
+        self.address = f"tcp://{literal}:{port}"
+
+    def connect(self, generation: Generation) -> ZmqTcpTransport:
+        """Connect to the right neighbour of `generation`. The listener belongs to the transport then."""
+        push = self._context.socket(zmq.PUSH)
+        push.linger = 0
+        push.sndhwm = self._exchange.send_queue_chunks
+        push.immediate = True
+        push.reconnect_ivl = 10
+        push.reconnect_ivl_max = 1000
+        address = generation.members[generation.right].address
+        push.ipv6 = "[" in address
+        if self._encrypt:
+            self._token.secure_client(push)
+        else:
+            push.plain_username = b"ringps"
+            push.plain_password = self._token.secret
+        transport = ZmqTcpTransport(self._context, self._zap, self._pull, push, generation)
+        push.connect(address)
+        return transport
+
+    def close(self) -> None:
+        """Give the port back without having connected."""
+        self._pull.close(linger=0)
+        self._zap.close()
+        self._context.term()
+
+
+class _ZmqTicket:
+    """pyzmq's proof that libzmq has let go of a buffer."""
+
+    __slots__ = ("_tracker",)
+
+    def __init__(self, tracker: zmq.MessageTracker) -> None:
+        self._tracker = tracker
+
+    @property
+    def done(self) -> bool:
+        return self._tracker.done
+
+    def wait(self, timeout_s: float) -> None:
+        with suppress(zmq.NotDone):
+            self._tracker.wait(timeout_s)
+
+
+class ZmqTcpTransport:
+    """A connected pair of data sockets; see `transport.base.Transport`."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        zap: ZapResponder,
+        pull: zmq.Socket[bytes],
+        push: zmq.Socket[bytes],
+        generation: Generation,
+    ) -> None:
+        self._context = context
+        self._zap = zap
+        self._pull = pull
+        self._push = push
+        self._generation = generation
+        self._monitor = push.get_monitor_socket(_LINK_EVENTS)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closed = False
+        self._wake_lock = threading.Lock()
+        self._counts = [0, 0, 0, 0]
+        self._refused: Counter[str] = Counter()
+
+    def send(self, header: bytes, payload: memoryview) -> Ticket | None:
+        try:
+            self._push.send(header, zmq.SNDMORE | zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        # A message is queued as a whole: its second part never meets a full queue.
+        tracker = self._push.send(payload, copy=False, track=True)
+        self._counts[0] += 1
+        self._counts[2] += payload.nbytes
+        assert tracker is not None
+        return _ZmqTicket(tracker)
+
+    def receive(self) -> Frame | None:
+        for _ in range(_GARBAGE_PER_CALL):
+            try:
+                header = self._pull.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return None
+            if not header.more:
+                self._refused["message without payload"] += 1
+                continue
+            payload = self._pull.recv(copy=False)
+            if payload.more:
+                while self._pull.recv(copy=False).more:
+                    pass
+                self._refused["message of more than two parts"] += 1
+                continue
+            self._counts[1] += 1
+            self._counts[3] += len(payload)
+            return Frame(header.bytes, payload.buffer)
+        return None
+
+    def wait(self, timeout_s: float, *, receiving: bool, sending: bool) -> None:
+        poller: list[tuple[zmq.Socket[bytes] | int, int]]
+        poller = [(self._wake_fd, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
+        if receiving:
+            poller.append((self._pull, zmq.POLLIN))
+        if sending:
+            poller.append((self._push, zmq.POLLOUT))
+        ready = zmq.zmq_poll(poller, max(0, round(timeout_s * 1000)))
+        for source, _ in ready:
+            if source == self._wake_fd:
+                os.eventfd_read(self._wake_fd)
+            elif source is self._monitor:
+                event = recv_monitor_message(self._monitor)["event"]
+                right = self._generation.members[self._generation.right]
+                raise PeerLostError(
+                    rank=self._generation.right,
+                    worker_id=right.worker_id,
+                    host=right.host,
+                    reason=_REASONS.get(event, "its data connection was refused"),
+                )
+
+    def wake(self) -> None:
+        with self._wake_lock:
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_fd)
+        self._push.disable_monitor()
+        self._monitor.close(linger=0)
+        self._push.close(linger=0)
+        self._pull.close(linger=0)
+        self._zap.close()
+        self._context.term()
+
+    def statistics(self) -> TransportStatistics:
+        refused = dict(self._refused)
+        if self._zap.refused:
+            refused["connection without the token"] = self._zap.refused
+        return TransportStatistics(*self._counts, refused=refused)
