@@ -1,0 +1,44 @@
+# Everything runs in .venv, which `make setup` makes with python3 and its venv module alone.
+# PYTHON=... chooses the interpreter; ARGS=... is handed to the program that a target runs.
+
+BIN := .venv/bin
+ARGS ?=
+export PYTHON
+
+.PHONY: help setup demo test check format golden bench wheel clean
+
+help:  ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## Make .venv; does nothing when that is done already
+	@scripts/setup
+
+demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
+	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
+
+test: setup  ## Run all tests (ARGS="tests/single -k ring")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## Lint, check format, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/single/test_pure_imports.py
+
+format: setup  ## Format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+golden: setup  ## Record the golden files of the tests anew; then read the diff
+	$(BIN)/python -m pytest -q tests/single --regenerate $(ARGS)
+
+bench: setup  ## Compare all-reduce with gloo (ARGS="-n 2 --json FILE")
+	$(BIN)/python benchmarks/allreduce.py $(ARGS)
+
+wheel: setup  ## Build dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## Remove everything that was made
+	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

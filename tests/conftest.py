@@ -1,0 +1,46 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import pytest
+
+Golden = Callable[[str, str | bytes], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate",
+        action="store_true",
+        help="record the golden files anew instead of comparing with them; read the diff afterwards",
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden(name, content)` compares `content` with the file `name` in `golden/` beside the test."""
+
+    def compare(name: str, content: str | bytes) -> None:
+        path = request.path.parent / "golden" / name
+        found = content.encode() if isinstance(content, str) else content
+        if request.config.getoption("--regenerate"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(found)
+            return
+        if not path.exists():
+            pytest.fail(f"there is no {path}; record it with --regenerate")
+        recorded = path.read_bytes()
+        if found != recorded:
+            pytest.fail(f"{path} differs; if that is meant, --regenerate it\n{_difference(recorded, found)}")
+
+    return compare
+
+
+def _difference(recorded: bytes, found: bytes) -> str:
+    try:
+        before, after = recorded.decode().splitlines(), found.decode().splitlines()
+    except UnicodeDecodeError:
+        before, after = ([f"{len(content)} bytes"] for content in (recorded, found))
+    return "\n".join(difflib.unified_diff(before, after, "recorded", "found", lineterm=""))
