@@ -1,0 +1,31 @@
+"""Who is in the ring.
+
+Belongs here: the coordinator with its pure core (`quorum` and the modules it decides with), and
+the links by which workers and launchers talk to it. Does not: gradients, and what a lost worker
+means for a collective (`collectives`). Launchers use this front and nothing behind it, so
+importing it must stay cheap: no torch.
+"""
+
+from __future__ import annotations
+
+from ringps.membership.client import Listener, WorkerLink
+from ringps.membership.coordinator import Coordinator, CoordinatorSettings, CoordinatorStatistics
+from ringps.membership.launcher_link import CoordinatorLost, LauncherLink, LauncherMessage
+from ringps.transport.keys import JobKey
+from ringps.wire.control import Assignment, JobDone, JobEvent, JobFailed
+
+__all__ = [
+    "Assignment",
+    "Coordinator",
+    "CoordinatorLost",
+    "CoordinatorSettings",
+    "CoordinatorStatistics",
+    "JobDone",
+    "JobEvent",
+    "JobFailed",
+    "JobKey",
+    "LauncherLink",
+    "LauncherMessage",
+    "Listener",
+    "WorkerLink",
+]

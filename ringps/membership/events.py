@@ -1,0 +1,91 @@
+"""PURE: what goes into the coordinator's core, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ringps.config import Timeouts
+from ringps.wire.control import Beat, FromLauncher, FromWorker, ToLauncher, ToWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuorumSettings:
+    """What the coordinator was told about the job."""
+
+    world_size: int | None
+    """Workers of the job; None to go by the launchers that come."""
+
+    settle_s: float
+    """Without a world size: how long no launcher may have come before the job starts."""
+
+    encrypt_data: bool
+    """Whether data connections are encrypted even if no launcher asks for it."""
+
+    heartbeat_port: int
+    """Where workers send their heartbeats."""
+
+    timeouts: Timeouts
+
+
+# Events.
+
+
+@dataclass(frozen=True)
+class Received:
+    """A control message came from a peer."""
+
+    peer: bytes
+    message: FromWorker | FromLauncher
+
+
+@dataclass(frozen=True)
+class Beaten:
+    """A heartbeat came from a peer."""
+
+    peer: bytes
+    beat: Beat
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time went by."""
+
+
+Event = Received | Beaten | Tick
+
+
+# Actions.
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a message to a peer, if it is there to take it."""
+
+    peer: bytes
+    message: ToWorker | ToLauncher
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Something happened that belongs into the events file; tell these launchers too."""
+
+    event: dict[str, Any]
+    launchers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The event was not acted upon; `reason` is one of a small, fixed set of phrases."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job is over; everything that has to be said about it was said before."""
+
+    reason: str
+
+
+Action = Send | Emit | Refuse | Finish

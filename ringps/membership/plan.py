@@ -1,0 +1,139 @@
+"""PURE: the plan of the whole job: which launcher starts which workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringps.wire.control import Assignment, LauncherHello
+from ringps.wire.rules import MAX_WORKERS
+
+
+@dataclass(frozen=True)
+class _Offer:
+    peer: bytes
+    hello: LauncherHello
+    first_worker_id: int = 0
+
+
+class JobPlan:
+    """Collects launchers' offers until they make up the job.
+
+    With a `world_size` the plan is complete when the slots offered make it up; without, when no
+    launcher has come for `settle_s`. Launchers of one host get neighbouring worker ids, hosts come
+    in the order of their first launcher.
+    """
+
+    def __init__(self, world_size: int | None, settle_s: float) -> None:
+        self._world_size = world_size
+        self._settle_s = settle_s
+        self._offers: list[_Offer] = []
+        self._last_offer_s = 0.0
+        self._complete = False
+
+    @property
+    def world_size(self) -> int | None:
+        """Workers of the whole job; None while unknown."""
+        return self._world_size
+
+    @property
+    def complete(self) -> bool:
+        """Whether the worker ids are dealt out."""
+        return self._complete
+
+    @property
+    def launchers(self) -> tuple[bytes, ...]:
+        """Peer ids of all launchers; by host once complete."""
+        return tuple(offer.peer for offer in self._offers)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names of all launchers, in the same order."""
+        return tuple(offer.hello.host for offer in self._offers)
+
+    @property
+    def encrypt_data(self) -> bool:
+        """Whether a launcher asked for encrypted data connections."""
+        return any(offer.hello.encrypt_data for offer in self._offers)
+
+    def offer(self, peer: bytes, hello: LauncherHello, now_s: float) -> str | None:
+        """Take a launcher in; the answer is None, or the reason for refusing it."""
+        if self._complete:
+            return "the job's launchers are complete; joining later is not possible in this version"
+        taken = self._slots()
+        room = (self._world_size or MAX_WORKERS) - taken
+        if hello.slots > room:
+            return f"the job has room for {room} more workers, and this launcher offers {hello.slots}"
+        self._offers.append(_Offer(peer, hello))
+        self._last_offer_s = now_s
+        return None
+
+    def withdraw(self, peer: bytes) -> None:
+        """A launcher goes away; its offer is void unless it was dealt worker ids already."""
+        if not self._complete:
+            self._offers = [offer for offer in self._offers if offer.peer != peer]
+
+    def settle(self, now_s: float) -> list[tuple[bytes, Assignment]]:
+        """Complete the plan if it is time; the assignments, once, else nothing."""
+        slots = self._slots()
+        if self._complete or not slots:
+            return []
+        if self._world_size is None:
+            if now_s - self._last_offer_s < self._settle_s:
+                return []
+        elif slots < self._world_size:
+            return []
+        self._complete = True
+        self._world_size = slots
+        return self._deal(slots)
+
+    def owns(self, peer: bytes, worker_id: int) -> bool:
+        """Whether this launcher was told to start this worker."""
+        offer = self._offer_of(worker_id)
+        return offer is not None and offer.peer == peer
+
+    def host_of(self, worker_id: int) -> str | None:
+        """The machine where a launcher was told to start this worker."""
+        offer = self._offer_of(worker_id)
+        return None if offer is None else offer.hello.host
+
+    def waiting_for(self) -> str:
+        """What is missing for the plan, in words."""
+        slots, hosts = self._slots(), ", ".join(self.hosts) or "none"
+        if self._world_size is None:
+            return f"launchers to settle: none may come for {self._settle_s:g} s (so far: {hosts})"
+        return f"launchers: {slots} of {self._world_size} worker slots have come (from: {hosts})"
+
+    def _slots(self) -> int:
+        return sum(offer.hello.slots for offer in self._offers)
+
+    def _offer_of(self, worker_id: int) -> _Offer | None:
+        if self._complete:
+            for offer in self._offers:
+                if 0 <= worker_id - offer.first_worker_id < offer.hello.slots:
+                    return offer
+        return None
+
+    def _deal(self, world_size: int) -> list[tuple[bytes, Assignment]]:
+        arrival = {offer.hello.host: place for place, offer in reversed(list(enumerate(self._offers)))}
+        ordered = sorted(self._offers, key=lambda offer: arrival[offer.hello.host])
+        self._offers = []
+        first = 0
+        for offer in ordered:
+            self._offers.append(_Offer(offer.peer, offer.hello, first))
+            first += offer.hello.slots
+        master = self._offers[0].hello
+        return [
+            (
+                offer.peer,
+                Assignment(
+                    first_worker_id=offer.first_worker_id,
+                    world_size=world_size,
+                    host_index=index,
+                    host_count=len(self._offers),
+                    master_address=master.address,
+                    master_port=master.master_port,
+                    hosts=self.hosts,
+                ),
+            )
+            for index, offer in enumerate(self._offers)
+        ]
