@@ -1,0 +1,238 @@
+"""The command line: parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ringps.errors import RingpsError
+from ringps_launcher.job import Job
+
+_USAGE_ERROR = 2
+_FAILURE = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    _open_standard_descriptors()
+    try:
+        options = _parser().parse_args(argv)
+        return int(options.handler(options))
+    except UsageError as error:
+        _complain(f"{error}; see `{error.program} --help`")
+        return _USAGE_ERROR
+    except (RingpsError, ValueError, OSError) as error:
+        _complain(str(error))
+        return _FAILURE
+    except KeyboardInterrupt:
+        return 130
+
+
+class UsageError(Exception):
+    """The command line cannot be understood."""
+
+    def __init__(self, message: str, program: str = "ringps") -> None:
+        super().__init__(message)
+        self.program = program
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.prog)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        from importlib import metadata  # slow to load, and only needed here
+
+        print(f"ringps {metadata.version('ringps')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ringps", description="Data-parallel training in a ring.", allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
+    _add_run(commands.add_parser("run", help="run a script in several workers", allow_abbrev=False))
+    _add_coordinator(
+        commands.add_parser("coordinator", help="let launchers on several machines meet", allow_abbrev=False)
+    )
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_run)
+    parser.usage = "ringps run -n N [options] [-m] SCRIPT [ARGUMENT ...]"
+    parser.description = (
+        "Start N workers on this machine, each of which runs SCRIPT. Alone, they are the whole "
+        "job; with --join they are this machine's part of it."
+    )
+    add = parser.add_argument
+    add("-n", "--workers", type=_count, required=True, metavar="N", help="workers on this machine")
+    add("-m", "--module", action="store_true", help="SCRIPT is a module's name, as for python -m")
+    add("--transport", choices=("auto", "tcp"), default="auto", help="how data travels (default: auto)")
+    add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
+    add("--join", metavar="HOST:PORT", type=_address, help="the coordinator of a job on several machines")
+    add("--key-file", metavar="FILE", help="the job key that the coordinator wrote; goes with --join")
+    add(
+        "--address",
+        metavar="IP",
+        type=_ip,
+        help="where the other machines reach this one (default: found out)",
+    )
+    add("--host", metavar="NAME", help="this machine's name in messages (default: its host name)")
+    add("--events", metavar="FILE", help="append what happens, one JSON object a line")
+    add("--log-dir", metavar="DIR", help="write each rank's output to DIR/rank-R.log too, over older ones")
+    add(
+        "--grace",
+        metavar="SECONDS",
+        type=_seconds,
+        default=10.0,
+        help="time from SIGTERM to SIGKILL (default: 10)",
+    )
+    add("script", metavar="SCRIPT", help="Python script, or module with -m")
+    add("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="handed to the script")
+
+
+def _add_coordinator(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_coordinator)
+    parser.description = (
+        "Serve one job: launchers join with `ringps run --join`. Ends with the job, with its exit code."
+    )
+    add = parser.add_argument
+    add("--bind", metavar="HOST:PORT", type=_address, required=True, help="where to listen")
+    add(
+        "--key-file",
+        metavar="FILE",
+        required=True,
+        help="the job key; written if it does not exist, then to be copied to the other machines",
+    )
+    add(
+        "-n",
+        "--workers",
+        type=_count,
+        metavar="TOTAL",
+        help="workers of the whole job (default: of those launchers that come soon after each other)",
+    )
+    add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
+    add("--events", metavar="FILE", help="append what happens, one JSON object a line")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.module:
+        _check_script(options.script)
+    if (options.join is None) != (options.key_file is None):
+        raise UsageError("--join and --key-file go together", "ringps run")
+    if options.address is not None and options.join is None:
+        raise UsageError("--address goes with --join", "ringps run")
+    job = Job(
+        program=options.script,
+        arguments=tuple(options.arguments),
+        is_module=options.module,
+        workers=options.workers,
+        transport=options.transport,
+        encrypt_data=options.encrypt_data,
+        grace_s=options.grace,
+    )
+    from ringps_launcher import supervise  # loads ZeroMQ: only once the arguments are right
+
+    return supervise.run(
+        job,
+        supervise.Options(
+            python=sys.executable,
+            host=options.host or socket.gethostname(),
+            join=options.join,
+            key_file=options.key_file,
+            address=options.address,
+            events=options.events,
+            log_dir=options.log_dir,
+        ),
+        os.environ,
+    )
+
+
+def _coordinator(options: argparse.Namespace) -> int:
+    from ringps_launcher import coordinate
+
+    return coordinate.serve(
+        coordinate.Options(
+            bind=options.bind,
+            key_file=options.key_file,
+            workers=options.workers,
+            encrypt_data=options.encrypt_data,
+            events=options.events,
+        ),
+        os.environ,
+    )
+
+
+def _check_script(path: str) -> None:
+    if os.path.isdir(path):
+        raise UsageError(f"{path} is a directory; name a script, or a module with -m", "ringps run")
+    if not os.path.exists(path):
+        raise UsageError(f"there is no script {path}", "ringps run")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"script {path} cannot be read", "ringps run")
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 worker is needed, not {count}")
+    return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} seconds is no sensible time")
+    return seconds
+
+
+def _ip(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from None
+
+
+def _address(text: str) -> str:
+    from ringps_launcher.network import parse_address
+
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    with contextlib.suppress(OSError):  # nobody is there to read it
+        os.write(2, f"ringps: {line}\n".encode(errors="backslashreplace"))
+
+
+def _open_standard_descriptors() -> None:
+    """Started with one of them closed, we would hand out its number to some other file."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
