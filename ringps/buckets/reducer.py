@@ -1,0 +1,391 @@
+"""The reduction of a model's gradients: which buckets there are, and when each is launched.
+
+All ranks launch the same buckets in the same order, whatever order their gradients come in. A pass
+through all buckets happens at the end of a synchronised backward, overlapping it, or in `settle`
+for a rank that had none; so every rank has as many passes as any other.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
+
+from ringps.buckets.agreement import Entry, agree
+from ringps.buckets.flat import FlatBucket, is_dense
+from ringps.buckets.hooks import GradientHooks
+from ringps.buckets.layout import ParameterSpec, plan
+from ringps.buckets.ring import PendingReduction, ReductionRing
+
+_REDUCIBLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSettings:
+    """How gradients are bucketed and when they are reduced. The same on all ranks."""
+
+    cap_bytes: int
+    """Most bytes of gradients in a bucket."""
+
+    first_cap_bytes: int
+    """The same for the first bucket."""
+
+    accumulate_steps: int = 1
+    """Reduce at the end of every so many backward passes."""
+
+    def __post_init__(self) -> None:
+        for name in ("cap_bytes", "first_cap_bytes", "accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducerStatistics:
+    """Counters since construction."""
+
+    buckets: int
+    """Buckets of the current layout; 0 in a ring of one and before the first reduction."""
+
+    bucket_bytes: int
+    """Their size in all."""
+
+    steps: int
+    """Steps that were applied."""
+
+    passes: int
+    """Reductions of all buckets."""
+
+    late_passes: int
+    """Those that had to be done in `step()`, without overlap."""
+
+    wait_s: float
+    """Time that backward passes (and `step()`) waited for reductions after their own work was done."""
+
+
+class Reducer:
+    """Keeps the gradients of one optimizer's parameters the same on all ranks.
+
+    Args:
+        ring: the ranks.
+        candidates: the optimizer's parameters at this time; those that require a gradient are
+            reduced.
+        name_of: a parameter's name, for messages.
+        settings: see there.
+        next_weight: this rank's weight in the sum for the backward that begins; the ranks' weights
+            add up to 1. None: every rank has the same weight.
+    """
+
+    def __init__(
+        self,
+        ring: ReductionRing,
+        candidates: Callable[[], Iterable[torch.nn.Parameter]],
+        name_of: Callable[[torch.Tensor], str],
+        settings: BucketSettings,
+        next_weight: Callable[[], float] | None = None,
+    ) -> None:
+        self._ring = ring
+        self._candidates = candidates
+        self._name = name_of
+        self._settings = settings
+        self._next_weight = next_weight
+        self._hooks = GradientHooks(self)
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
+
+        # The layout.
+        self._parameters: list[torch.nn.Parameter] = []
+        self._index_of: dict[int, int] = {}
+        self._order: list[int] | None = None
+        self._buckets: list[FlatBucket] | None = None
+        self._bucket_of: list[int] = []
+        self._bucket_sizes: list[int] = []
+        self._changed = False
+
+        # The pass.
+        self._synchronised = False
+        self._exchanging = False
+        self._seen: dict[int, None] = {}
+        self._missing: list[int] = []
+        self._handed: list[PendingReduction] = []
+
+        # The step.
+        self.held = 0
+        """Nesting depth of `no_sync()`."""
+        self.backwards = 0
+        """Backward passes since `next_step`."""
+        self._step = 1
+        self._passes_in_step = 0
+        self._window = 0
+        self._weight: float | None = None
+        self._factor = 1.0
+        self._reduced = False
+        self._late = False
+        self._somebody_late = False
+
+        self._passes = 0
+        self._late_passes = 0
+        self._wait_s = 0.0
+        self.refresh()
+        self._changed = False
+
+    def refresh(self) -> None:
+        """Notice parameters that became trainable or ceased to be; a local matter.
+
+        Raises:
+            ValueError: one of them cannot be reduced.
+        """
+        trainable = [parameter for parameter in self._candidates() if parameter.requires_grad]
+        if len(trainable) == len(self._parameters) and all(map(operator.is_, trainable, self._parameters)):
+            return
+        for parameter in trainable:
+            check_parameter(self._name(parameter), parameter)
+        _remove(self._handles)
+        for parameter in trainable:
+            self._handles += self._hooks.watch(parameter, scaled=self._next_weight is not None)
+        self._parameters = trainable
+        self._index_of = {id(parameter): index for index, parameter in enumerate(trainable)}
+        self._order = self._buckets = None
+        self._changed = True
+
+    def prepare(self) -> None:
+        """Clean up after a backward that an exception ended, and `refresh`."""
+        self._hooks.settle(strict=False)
+        self.refresh()
+
+    def settle(self) -> None:
+        """Make sure that every `.grad` is reduced, before it is applied.
+
+        Joins the other ranks' reduction if this rank has not reduced since the last step; and if a
+        rank did so, lets all ranks have the gradients as they are at one that did not, since its
+        script may have changed them (clipping, unscaling).
+
+        Raises:
+            RingpsError: what the collectives raise.
+        """
+        self._hooks.settle(strict=True)
+        self.refresh()
+        if self._ring.world_size == 1:
+            return
+        if not self._reduced or self._changed:
+            self._late = not self._reduced
+            self._late_passes += 1
+            self._seen = {}
+            self._prepare()
+            self._finish()
+        if self._somebody_late:
+            self._adopt()
+
+    def next_evaluation(self) -> None:
+        """The gradients at hand have been used; those of the next backward need a reduction anew."""
+        self._reduced = self._late = self._somebody_late = False
+        self._window = 0
+
+    def next_step(self) -> int:
+        """A step has been applied. Returns its number, from 1."""
+        self.next_evaluation()
+        self._step, self._passes_in_step, self.backwards = self._step + 1, 0, 0
+        return self._step - 1
+
+    @torch.no_grad()
+    def mean(self, loss: torch.Tensor | float) -> torch.Tensor | float:
+        """The mean of the ranks' losses, weighted as the gradients of the last backward."""
+        if self._ring.world_size == 1:
+            return loss
+        weight = 1 / self._ring.world_size if self._weight is None else self._weight
+        total = torch.empty(1, dtype=torch.float64)
+        local = torch.tensor([float(loss) * weight], dtype=torch.float64)
+        self._ring.all_reduce_into(total, local, "sum", label=f"step {self._step}, loss").wait()
+        if isinstance(loss, torch.Tensor):
+            return total.to(loss.dtype).view(loss.shape)
+        return float(total)
+
+    def statistics(self) -> ReducerStatistics:
+        """Counters; see `ReducerStatistics`."""
+        return ReducerStatistics(
+            buckets=len(self._buckets or ()),
+            bucket_bytes=sum(bucket.input_bytes for bucket in self._buckets or ()),
+            steps=self._step - 1,
+            passes=self._passes,
+            late_passes=self._late_passes,
+            wait_s=self._wait_s,
+        )
+
+    # PassListener
+
+    def begin(self) -> None:
+        self.refresh()
+        self.backwards += 1
+        self._window += 1
+        if self._next_weight is not None:
+            weight = self._next_weight()
+            if self._window == 1 or self._weight is None:
+                self._weight = weight
+            self._factor = weight / self._weight
+        self._synchronised = not self.held and self._window >= self._settings.accumulate_steps
+        self._exchanging = self._synchronised and self._ring.world_size > 1
+        self._seen = {}
+        if self._exchanging:
+            self._prepare()
+        elif not self._synchronised:
+            self._reduced = False
+
+    def factor(self) -> float:
+        return self._factor
+
+    def arrived(self, key: int) -> None:
+        index = self._index_of.get(key)
+        if index is None:
+            return
+        if index in self._seen:
+            self._arrived_again(index)
+            return
+        self._seen[index] = None
+        if not self._exchanging:
+            return
+        self._missing[self._bucket_of[index]] -= 1
+        while len(self._handed) < len(self._missing) and not self._missing[len(self._handed)]:
+            self._launch()
+
+    def complete(self) -> bool:
+        return len(self._seen) == len(self._parameters)
+
+    def end(self) -> None:
+        if self._exchanging:
+            self._exchanging = False
+            self._finish()
+        elif self._synchronised:
+            self._window, self._reduced = 0, True
+
+    def abandoned(self) -> None:
+        self._exchanging = False
+        self._window -= 1
+        self.backwards -= 1
+        # What was launched will end on all ranks or fail; the next pass needs its memory.
+        while self._handed:
+            self._handed.pop(0).wait()
+
+    # Passes
+
+    def _prepare(self) -> None:
+        """Have buckets, all of them empty."""
+        if self._buckets is None:
+            if self._changed:
+                agree(self._ring, [describe(self._name(one), one) for one in self._parameters])
+                self._changed = False
+            self._lay_out()
+        self._missing = list(self._bucket_sizes)
+        self._handed = []
+
+    def _lay_out(self) -> None:
+        specs = [
+            ParameterSpec(numel=one.numel(), dtype=str(one.dtype), itemsize_bytes=one.itemsize)
+            for one in self._parameters
+        ]
+        # Until the order is known: models call their layers in about the order of construction.
+        order = list(reversed(range(len(specs)))) if self._order is None else self._order
+        caps = self._settings
+        layout = plan(specs, order, cap_bytes=caps.cap_bytes, first_cap_bytes=caps.first_cap_bytes)
+        names = [self._name(one) for one in self._parameters]
+        self._buckets = [FlatBucket(bucket, self._parameters, names) for bucket in layout]
+        self._bucket_sizes = [len(bucket.slots) for bucket in layout]
+        self._bucket_of = [0] * len(specs)
+        for number, bucket in enumerate(layout):
+            for slot in bucket.slots:
+                self._bucket_of[slot.parameter] = number
+
+    def _arrived_again(self, index: int) -> None:
+        if self._exchanging and self._bucket_of[index] < len(self._handed):
+            raise RuntimeError(
+                f'"{self._name(self._parameters[index])}" got a second gradient in one backward after its '
+                "first was sent, as happens when layers share it inside reentrant activation checkpointing; "
+                "use torch.utils.checkpoint with use_reentrant=False"
+            )
+
+    def _launch(self) -> None:
+        number = len(self._handed)
+        if number == 0:
+            self._passes_in_step += 1
+        assert self._buckets is not None
+        bucket = self._buckets[number]
+        op, weight = ("mean", None) if self._next_weight is None else ("sum", self._weight)
+        if op == "sum" and weight is None:
+            weight = 1 / self._ring.world_size
+        bucket.load(weight, self._late)
+        again = f", pass {self._passes_in_step}" if self._passes_in_step > 1 else ""
+        self._handed.append(bucket.launch(self._ring, op, f"step {self._step}{again}, bucket {number}"))
+
+    def _finish(self) -> None:
+        """Launch what is left, wait for everything and put the results where they belong."""
+        assert self._buckets is not None
+        while len(self._handed) < len(self._buckets):
+            self._launch()
+        begun_s = time.perf_counter()
+        for bucket, handle in zip(self._buckets, self._handed, strict=True):
+            handle.wait()
+            self._somebody_late |= bucket.publish()
+        self._wait_s += time.perf_counter() - begun_s
+        self._handed = []
+        self._passes += 1
+        self._window, self._reduced = 0, True
+        if self._order is None:
+            self._learn_order()
+
+    def _learn_order(self) -> None:
+        """Take over the order in which gradients arrived on rank 0, if any did."""
+        order = torch.full((len(self._parameters),), -1)
+        order[: len(self._seen)] = torch.tensor(list(self._seen), dtype=torch.int64)
+        self._ring.broadcast(order, 0)
+        arrived = [index for index in order.tolist() if index >= 0]
+        if arrived:
+            known = set(arrived)
+            rest = [index for index in reversed(range(len(order))) if index not in known]
+            self._order, self._buckets = arrived + rest, None
+
+    def _adopt(self) -> None:
+        late = self._ring.gather_bytes(b"late" if self._late else b"")
+        if b"" in late:
+            if self._buckets is None:
+                self._lay_out()
+            assert self._buckets is not None
+            for bucket in self._buckets:
+                bucket.adopt(self._ring, late.index(b""))
+
+
+def check_parameter(name: str, parameter: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: gradients of this parameter cannot be reduced.
+    """
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(f'"{name}" has no shape yet; run the model once before you wrap its optimizer')
+    if parameter.device.type != "cpu":
+        raise ValueError(f'"{name}" is on {parameter.device}; this version of ringps trains on the CPU only')
+    if parameter.layout is not torch.strided:
+        raise ValueError(f'"{name}" is sparse; ringps reduces dense parameters only')
+    if parameter.dtype not in _REDUCIBLE:
+        raise ValueError(f'"{name}" is {parameter.dtype}; ringps reduces real floating-point gradients only')
+    gradient_dtype = getattr(parameter, "grad_dtype", None)
+    if gradient_dtype not in (None, parameter.dtype):
+        raise ValueError(
+            f'"{name}" is {parameter.dtype} but its gradients are {gradient_dtype}; '
+            "ringps needs them to be of one dtype"
+        )
+
+
+def describe(name: str, tensor: torch.Tensor) -> Entry:
+    """Name, dtype, shape, memory order and trainability, for `agree`."""
+    text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if not tensor.is_contiguous() and is_dense(tensor):
+        text += f" with strides {list(tensor.stride())}"
+    return name, text + (", trainable" if tensor.requires_grad else "")
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
