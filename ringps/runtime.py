@@ -245,8 +245,7 @@ def _announce(members: Sequence[Member], config: Config) -> None:
     hosts = len({member.host for member in members})
     why = "auto: the one that this version has" if config.transport == "auto" else "as asked"
     print(
-        f"ringps: {len(members)} workers on {hosts} host{'s' if hosts > 1 else ''}, "
-        f"transport tcp ({why})",
+        f"ringps: {len(members)} workers on {hosts} host{'s' if hosts > 1 else ''}, transport tcp ({why})",
         file=sys.stderr,
     )
 

@@ -61,9 +61,7 @@ class Communicator:
         return self._generation.world_size
 
     @overload
-    def all_reduce(
-        self, tensor: torch.Tensor, op: str = "sum", async_op: Literal[False] = False
-    ) -> None: ...
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum", async_op: Literal[False] = False) -> None: ...
     @overload
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, async_op: Literal[True]) -> Handle: ...
     @overload
@@ -109,9 +107,7 @@ class Communicator:
             )
         if not (output.is_contiguous() and input.is_contiguous()):
             raise ValueError("all_reduce_into needs contiguous tensors")
-        return self._all_reduce(
-            input, input.detach().view(-1), output.detach().view(-1), op, label, None
-        )
+        return self._all_reduce(input, input.detach().view(-1), output.detach().view(-1), op, label, None)
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
@@ -151,9 +147,7 @@ class Communicator:
         )
         return self._finish(self._engine.submit(operation), async_op)
 
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False
-    ) -> Handle | None:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Handle | None:
         """Concatenate every rank's `input`, in rank order, at every rank.
 
         Args:
@@ -216,8 +210,7 @@ class Communicator:
         gathered = torch.empty(self.world_size, longest, dtype=torch.uint8)
         self.all_gather(gathered, padded)
         return [
-            row[:length].numpy().tobytes()
-            for row, length in zip(gathered, lengths.tolist(), strict=True)
+            row[:length].numpy().tobytes() for row, length in zip(gathered, lengths.tolist(), strict=True)
         ]
 
     def record_step(self, step: int) -> None:

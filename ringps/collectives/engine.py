@@ -338,15 +338,13 @@ class Engine:
         if header.sequence > self._newest_started:
             self._refuse("ahead of its turn")
             return False
-        for sequence, operation in self._running:
-            if sequence == header.sequence:
-                break
-        else:
+        operation = next((one for number, one in self._running if number == header.sequence), None)
+        if operation is None:
             self._refuse("collective that has ended")
             return False
         if header.signature != operation.call.signature:
             self._held = (header, frame)
-            self._open_dispute(sequence, timed_out=False)
+            self._open_dispute(header.sequence, timed_out=False)
             return False
         try:
             outgoing = operation.take(header, frame.payload)
@@ -354,7 +352,7 @@ class Engine:
             self._refuse(error.reason)
             return False
         if outgoing is not None:
-            self._outbox.append((sequence, operation, outgoing))
+            self._outbox.append((header.sequence, operation, outgoing))
         return True
 
     def _complete(self) -> Ticket | None:

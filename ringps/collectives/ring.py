@@ -75,7 +75,7 @@ class RingOperation:
         for send in self.machine.start():
             size = self._source.itemsize
             payload = self._source_bytes[send.start * size : send.stop * size]
-            yield Outgoing(send.step, send.index, payload, borrowed=True)
+            yield Outgoing(send.step, send.chunk, payload, borrowed=True)
 
     def take(self, header: ChunkHeader, payload: memoryview) -> Outgoing | None:
         """Do what is to be done with a chunk that came; `payload` is ours to overwrite.
@@ -121,8 +121,8 @@ class RingOperation:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _outgoing(send: SendChunk | None, payload: memoryview, *, borrowed: bool) -> Outgoing | None:
-    return None if send is None else Outgoing(send.step, send.index, payload, borrowed)
+    return None if send is None else Outgoing(send.step, send.chunk, payload, borrowed)

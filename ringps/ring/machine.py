@@ -17,10 +17,10 @@ from ringps.ring.schedule import Action, Content, Schedule
 
 
 class SendChunk(NamedTuple):
-    """Send elements start..stop as chunk `index` of step `step`."""
+    """Send elements start..stop as chunk `chunk` of step `step`."""
 
     step: int
-    index: int
+    chunk: int
     start: int
     stop: int
     content: Content

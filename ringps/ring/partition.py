@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -24,7 +25,7 @@ def partition(numel: int, world_size: int) -> tuple[Slice, ...]:
     if numel < 0 or world_size < 1:
         raise ValueError(f"cannot cut {numel} elements into {world_size} slices")
     bounds = [numel * rank // world_size for rank in range(world_size + 1)]
-    return tuple(Slice(*pair) for pair in zip(bounds, bounds[1:], strict=False))
+    return tuple(Slice(*pair) for pair in pairwise(bounds))
 
 
 def chunk_count(part: Slice, chunk_numel: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -32,16 +32,46 @@ class Ticket(Protocol):
 class TransportStatistics:
     """Counters since the transport was opened."""
 
+    frames_sent: int
+    frames_received: int
+    bytes_sent: int
+    """Payload bytes."""
+
+    bytes_received: int
+    """Payload bytes."""
+
+    refused: Mapping[str, int]
+    """Frames and connections that the transport itself turned away, by reason."""
+
+
+@dataclass
+class TransportCounters:
+    """Where a transport counts."""
+
     frames_sent: int = 0
     frames_received: int = 0
     bytes_sent: int = 0
-    """Payload bytes."""
-
     bytes_received: int = 0
-    """Payload bytes."""
 
-    refused: Mapping[str, int] = field(default_factory=dict)
-    """Frames and connections that the transport itself turned away, by reason."""
+    def sent(self, payload_bytes: int) -> None:
+        """A frame was queued."""
+        self.frames_sent += 1
+        self.bytes_sent += payload_bytes
+
+    def received(self, payload_bytes: int) -> None:
+        """A frame was handed to the caller."""
+        self.frames_received += 1
+        self.bytes_received += payload_bytes
+
+    def statistics(self, refused: Mapping[str, int]) -> TransportStatistics:
+        """The counters as they are now."""
+        return TransportStatistics(
+            frames_sent=self.frames_sent,
+            frames_received=self.frames_received,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            refused=refused,
+        )
 
 
 class Transport(Protocol):

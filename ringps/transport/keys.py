@@ -46,9 +46,7 @@ class JobKey:
         path = Path(path)
         try:
             if path.stat().st_mode & 0o077:
-                raise SetupError(
-                    f"key file {path} can be read by other users; run: chmod 600 {path}"
-                )
+                raise SetupError(f"key file {path} can be read by other users; run: chmod 600 {path}")
             header, public, secret = path.read_text(encoding="ascii").split()
             if header != _HEADER:
                 raise ValueError("wrong header")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from ringps.transport.base import Frame, Ticket, TransportStatistics
+from ringps.transport.base import Frame, Ticket, TransportCounters, TransportStatistics
 
 
 class _Sent:
@@ -37,15 +37,14 @@ class LoopbackTransport:
         self._outgoing = outgoing
         self._woken = False
         self._closed = False
-        self._counts = [0, 0, 0, 0]
+        self._counters = TransportCounters()
 
     def send(self, header: bytes, payload: memoryview) -> Ticket | None:
         with self._condition:
             if len(self._outgoing.frames) >= self._outgoing.capacity_frames:
                 return None
             self._outgoing.frames.append(Frame(bytes(header), memoryview(bytearray(payload))))
-            self._counts[0] += 1
-            self._counts[2] += payload.nbytes
+            self._counters.sent(payload.nbytes)
             self._condition.notify_all()
         return _SENT
 
@@ -54,8 +53,7 @@ class LoopbackTransport:
             if self._closed or not self._incoming.frames:
                 return None
             frame = self._incoming.frames.popleft()
-            self._counts[1] += 1
-            self._counts[3] += frame.payload.nbytes
+            self._counters.received(frame.payload.nbytes)
             self._condition.notify_all()
         return frame
 
@@ -79,7 +77,7 @@ class LoopbackTransport:
             self._incoming.frames.clear()
 
     def statistics(self) -> TransportStatistics:
-        return TransportStatistics(*self._counts)
+        return self._counters.statistics({})
 
 
 def loopback_ring(world_size: int, capacity_frames: int = 8) -> list[LoopbackTransport]:

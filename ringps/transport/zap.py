@@ -63,7 +63,7 @@ class ZapResponder:
             status, reason = decide(request, self._key)
             if status != b"200":
                 self._refused += 1
-            version, request_id = (request + [b"", b""])[:2]
+            version, request_id, *_ = [*request, b"", b""]
             self._socket.send_multipart([version, request_id, status, reason, b"", b""])
 
 

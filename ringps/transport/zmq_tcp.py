@@ -13,6 +13,7 @@ import os
 import threading
 from collections import Counter
 from contextlib import suppress
+from typing import Any, NoReturn
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,7 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 from ringps.config import Exchange
 from ringps.errors import PeerLostError, SetupError
 from ringps.ring.topology import Generation
-from ringps.transport.base import Frame, Ticket, TransportStatistics
+from ringps.transport.base import Frame, Ticket, TransportCounters, TransportStatistics
 from ringps.transport.keys import JobKey
 from ringps.transport.zap import ZapResponder
 from ringps.wire.header import HEADER_BYTES
@@ -35,7 +36,7 @@ _LINK_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
-_REASONS = {
+_REASONS: dict[int, str] = {
     zmq.EVENT_DISCONNECTED: "its data connection closed",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not accept this generation's token",
 }
@@ -143,7 +144,7 @@ class ZmqTcpTransport:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = False
         self._wake_lock = threading.Lock()
-        self._counts = [0, 0, 0, 0]
+        self._counters = TransportCounters()
         self._refused: Counter[str] = Counter()
 
     def send(self, header: bytes, payload: memoryview) -> Ticket | None:
@@ -153,8 +154,7 @@ class ZmqTcpTransport:
             return None
         # A message is queued as a whole: its second part never meets a full queue.
         tracker = self._push.send(payload, copy=False, track=True)
-        self._counts[0] += 1
-        self._counts[2] += payload.nbytes
+        self._counters.sent(payload.nbytes)
         assert tracker is not None
         return _ZmqTicket(tracker)
 
@@ -173,31 +173,28 @@ class ZmqTcpTransport:
                     pass
                 self._refused["message of more than two parts"] += 1
                 continue
-            self._counts[1] += 1
-            self._counts[3] += len(payload)
+            self._counters.received(len(payload))
             return Frame(header.bytes, payload.buffer)
         return None
 
     def wait(self, timeout_s: float, *, receiving: bool, sending: bool) -> None:
-        poller: list[tuple[zmq.Socket[bytes] | int, int]]
+        poller: list[tuple[Any, int]]
         poller = [(self._wake_fd, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
         if receiving:
             poller.append((self._pull, zmq.POLLIN))
         if sending:
             poller.append((self._push, zmq.POLLOUT))
-        ready = zmq.zmq_poll(poller, max(0, round(timeout_s * 1000)))
-        for source, _ in ready:
-            if source == self._wake_fd:
-                os.eventfd_read(self._wake_fd)
-            elif source is self._monitor:
-                event = recv_monitor_message(self._monitor)["event"]
-                right = self._generation.members[self._generation.right]
-                raise PeerLostError(
-                    rank=self._generation.right,
-                    worker_id=right.worker_id,
-                    host=right.host,
-                    reason=_REASONS.get(event, "its data connection was refused"),
-                )
+        ready = [source for source, _ in zmq.zmq_poll(poller, max(0, round(timeout_s * 1000)))]
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        if self._monitor in ready:
+            self._report(recv_monitor_message(self._monitor)["event"])
+
+    def _report(self, event: int) -> NoReturn:
+        rank = self._generation.right
+        member = self._generation.members[rank]
+        reason = _REASONS.get(event, "its data connection was refused")
+        raise PeerLostError(rank=rank, worker_id=member.worker_id, host=member.host, reason=reason)
 
     def wake(self) -> None:
         with self._wake_lock:
@@ -221,4 +218,4 @@ class ZmqTcpTransport:
         refused = dict(self._refused)
         if self._zap.refused:
             refused["connection without the token"] = self._zap.refused
-        return TransportStatistics(*self._counts, refused=refused)
+        return self._counters.statistics(refused)

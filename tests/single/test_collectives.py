@@ -49,9 +49,11 @@ def close(actual: torch.Tensor, stack: torch.Tensor, op: str) -> bool:
 @given(
     st.integers(1, 9),
     st.sampled_from(SHAPES),
-    st.sampled_from([(dtype, op) for dtype in FLOATS for op in PLAIN]
-                    + [(dtype, op) for dtype in INTEGERS for op in PLAIN if op != "mean"]
-                    + [(torch.bool, "min"), (torch.bool, "max")]),
+    st.sampled_from(
+        [(dtype, op) for dtype in FLOATS for op in PLAIN]
+        + [(dtype, op) for dtype in INTEGERS for op in PLAIN if op != "mean"]
+        + [(torch.bool, "min"), (torch.bool, "max")]
+    ),
     st.sampled_from([64, 128, 1024]),
     st.integers(0, 2**31),
 )
@@ -172,7 +174,9 @@ def test_non_contiguous_tensors_are_reduced_in_place(world_size: int) -> None:
     run_ring(world_size, work)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16, torch.int64]
+)
 def test_broadcast_and_all_gather_take_any_dtype(dtype: torch.dtype) -> None:
     def work(ring: Communicator) -> None:
         tensor = torch.full((5,), ring.rank % 2).to(dtype)
@@ -232,7 +236,7 @@ def test_wrong_arguments_are_value_errors_and_harm_nothing() -> None:
             lambda: ring.broadcast(one, src=-1),
         ]
         for call in wrong:
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError):
                 call()
         ring.all_reduce(one)
         assert torch.equal(one, torch.full((4,), 2.0))

@@ -47,7 +47,11 @@ def run_each(ring: MemoryRing, work: Callable[[Communicator], Any]) -> list[Base
 
 odd = torch.ones(6)
 DISAGREEMENTS: dict[str, tuple[Callable[[Communicator], Any], str, str]] = {
-    "op": (lambda ring: ring.all_reduce(odd.clone(), "max"), "all_reduce(max, float32[6])", "all_reduce(sum, float32[6])"),
+    "op": (
+        lambda ring: ring.all_reduce(odd.clone(), "max"),
+        "all_reduce(max, float32[6])",
+        "all_reduce(sum, float32[6])",
+    ),
     "dtype": (lambda ring: ring.all_reduce(odd.double()), "float64[6]", "float32[6]"),
     "shape": (lambda ring: ring.all_reduce(odd.clone().view(2, 3)), "float32[2, 3]", "float32[6]"),
     "fewer elements": (lambda ring: ring.all_reduce(odd[:5].clone()), "float32[5]", "float32[6]"),
@@ -139,7 +143,9 @@ def test_a_lost_rank_ends_what_is_under_way_and_all_that_follows() -> None:
         waiting = [ring.communicators[rank].all_reduce(odd.clone(), async_op=True) for rank in (0, 2)]
         ring.lose(1, "process exited by signal 9 (SIGKILL)")
         for handle in waiting:
-            with pytest.raises(PeerLostError, match=r"rank 1 \(worker 1 on memory\) lost: .* signal 9") as caught:
+            with pytest.raises(
+                PeerLostError, match=r"rank 1 \(worker 1 on memory\) lost: .* signal 9"
+            ) as caught:
                 handle.wait(20)
             assert (caught.value.rank, caught.value.blames) == (1, 1)
         with pytest.raises(PeerLostError):

@@ -51,9 +51,9 @@ def simulate(plans: list[Schedule], slices: tuple[Slice, ...], chunk_numel: int,
     while any(links):
         rank = order.draw(st.sampled_from([i for i, link in enumerate(links) if link]))
         send, values = links[rank].pop(0)
-        take = machines[rank].expect(send.step, send.index)
+        take = machines[rank].expect(send.step, send.chunk)
         assert (take.start, take.stop, take.content) == (send.start, send.stop, send.content)
-        machines[rank].took(send.step, send.index)
+        machines[rank].took(send.step, send.chunk)
         if take.action is not Action.STORE:
             assert all(rank not in value for value in values), "a rank's input combined twice"
             values = [value | {rank} for value in values]
@@ -120,7 +120,12 @@ def test_first_hop_of_a_reduction_carries_inputs_and_later_ones_partial_sums() -
 def test_a_chunk_twice_or_unknown_is_refused_and_changes_nothing() -> None:
     machine = RingMachine(schedule.all_reduce(0, 3), partition(9, 3), 2)
     machine.took(0, 0)
-    for step, index, reason in [(0, 0, "duplicate"), (4, 0, "no such"), (0, 2, "no such"), (-1, 0, "no such")]:
+    for step, index, reason in [
+        (0, 0, "duplicate"),
+        (4, 0, "no such"),
+        (0, 2, "no such"),
+        (-1, 0, "no such"),
+    ]:
         with pytest.raises(FrameError, match=reason):
             machine.expect(step, index)
     assert machine.missing() == "waits for chunk 1 of 2 in step 0 of 4"
@@ -132,7 +137,8 @@ def test_schedules_are_as_recorded(golden: object) -> None:
         for rank in range(world_size):
             for name in ("reduce_scatter", "all_gather", "all_reduce"):
                 lines += describe(name, getattr(schedule, name)(rank, world_size), rank, world_size)
-            lines += describe("broadcast(src=1)", schedule.broadcast(rank, world_size, 1 % world_size), rank, world_size)
+            broadcast = schedule.broadcast(rank, world_size, 1 % world_size)
+            lines += describe("broadcast(src=1)", broadcast, rank, world_size)
     golden("schedules.txt", "\n".join(lines) + "\n")  # type: ignore[operator]
 
 
@@ -140,6 +146,8 @@ def describe(name: str, plan: Schedule, rank: int, world_size: int) -> list[str]
     lines = [f"{name} rank {rank} of {world_size}"]
     lines += [f"  step {s.step}: send slice {s.slice} ({s.content.value})" for s in plan.first]
     for r in plan.receives:
-        forward = f", send it in step {r.forward.step} ({r.forward.content.value})" if r.forward else ""
-        lines.append(f"  step {r.step}: receive slice {r.slice} ({r.content.value}), {r.action.value}{forward}")
+        line = f"  step {r.step}: receive slice {r.slice} ({r.content.value}), {r.action.value}"
+        if r.forward:
+            line += f", send it in step {r.forward.step} ({r.forward.content.value})"
+        lines.append(line)
     return lines

@@ -35,7 +35,8 @@ def test_who_does_not_know_the_token_is_refused(encrypt: bool, knows: str) -> No
         stranger.linger = 0
         stranger.immediate = True
         if knows != "nothing" and encrypt:
-            stranger.curve_serverkey = token.public if knows == "the public half" else JobKey.generate().public
+            known = token if knows == "the public half" else JobKey.generate()
+            stranger.curve_serverkey = known.public
             stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
         elif knows != "nothing":
             stranger.plain_username = b"ringps"
@@ -105,12 +106,12 @@ def test_a_closed_link_is_a_lost_peer_that_is_named() -> None:
             handle.wait(20)
         handle = memory.communicators[0].all_reduce(torch.ones(3), async_op=True)
         memory._engines[1].close()
-        with pytest.raises(PeerLostError, match=r"rank 1 \(worker 1 on here\) lost: its data connection closed"):
+        with pytest.raises(PeerLostError, match=r"rank 1 \(worker 1 on here\) lost: .* connection closed"):
             handle.wait(20)
 
 
 def test_an_address_of_another_machine_is_a_setup_error() -> None:
-    with pytest.raises(SetupError, match="cannot listen on 203.0.113.1"):
+    with pytest.raises(SetupError, match=r"cannot listen on 203\.0\.113\.1"):
         ZmqTcpListener("203.0.113.1", JobKey.generate(), CONFIG.exchange, encrypt=False)
 
 

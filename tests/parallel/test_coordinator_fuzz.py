@@ -1,0 +1,270 @@
+"""A ring stays unharmed while other holders of the job key throw a million bad frames at its coordinator."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from ringps.config import Timeouts
+from ringps.membership import Coordinator, CoordinatorSettings, JobKey, LauncherLink, WorkerLink
+from ringps.membership.coordinator import MAX_REPORT_BYTES
+from ringps.wire.control import (
+    AllLeft,
+    Ask,
+    Beat,
+    Bound,
+    CallReport,
+    Dispute,
+    Failing,
+    Form,
+    Hello,
+    LauncherHello,
+    LauncherLeaving,
+    Leaving,
+    Lost,
+    Message,
+    WorkerExited,
+    encode,
+)
+from ringps.worker_env import WorkerEnv
+
+FRAMES = 1_000_000
+THROWERS = 4
+FRAMES_PER_SOCKET = 12_500
+SEED = 20_250_101
+PATIENCE_S = 60.0
+GROWTH_LIMIT_BYTES = 96 * 1024 * 1024
+
+# What members, launchers and the coordinator say, word for word as a stranger may have seen it, and
+# the same of other generations. From a stranger each of these is wrong.
+REPLAYS: tuple[Message, ...] = (
+    Hello(worker_id=0, host="here", pid=os.getpid(), generation=0),
+    Hello(worker_id=1, host="here", pid=os.getpid(), generation=1),
+    Hello(worker_id=2, host="elsewhere", pid=1, generation=0),
+    *(
+        message
+        for generation in (0, 1, 2, 2**40)
+        for message in (
+            Bound(generation=generation, address="tcp://127.0.0.1:1"),
+            Leaving(generation=generation, completed=7),
+            Dispute(generation=generation, sequence=7),
+            CallReport(generation=generation, sequence=7, call="barrier()"),
+            Beat(worker_id=0, generation=generation, step=9, count=2**50),
+            Beat(worker_id=1, generation=generation, step=0, count=1),
+            AllLeft(generation=generation),
+            Form(generation=generation, addresses=("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")),
+            Lost(generation=generation, rank=0, worker_id=0, host="here", reason="a lie"),
+        )
+    ),
+    Ask(),
+    Failing(reason="a lie", blames=0),
+    WorkerExited(worker_id=1, code=137, reason="a lie"),
+    LauncherHello(host="elsewhere", address="10.0.0.9", slots=1, master_port=1, encrypt_data=False),
+    LauncherLeaving(),
+)
+VALID = tuple(encode(message) for message in REPLAYS)
+
+
+class Garbage:
+    """An endless stream of bad messages, each a list of frames; the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._kinds: tuple[Callable[[], list[bytes]], ...] = (
+            self._replayed,
+            self._noise,
+            self._truncated,
+            self._changed,
+            self._extended,
+            self._foreign_fields,
+            self._other_version,
+            self._many_frames,
+            self._long,
+        )
+        self._weights = (30, 15, 15, 20, 5, 5, 5, 4, 1)
+
+    def take(self, count: int) -> list[list[bytes]]:
+        return [kind() for kind in self._random.choices(self._kinds, self._weights, k=count)]
+
+    def _replayed(self) -> list[bytes]:
+        return [self._random.choice(VALID)]
+
+    def _noise(self) -> list[bytes]:
+        return [self._random.randbytes(self._random.randrange(0, 64))]
+
+    def _truncated(self) -> list[bytes]:
+        frame = self._random.choice(VALID)
+        return [frame[: self._random.randrange(len(frame))]]
+
+    def _changed(self) -> list[bytes]:
+        frame = bytearray(self._random.choice(VALID))
+        for _ in range(self._random.randrange(1, 4)):
+            frame[self._random.randrange(len(frame))] = self._random.randrange(256)
+        return [bytes(frame)]
+
+    def _extended(self) -> list[bytes]:
+        return [self._random.choice(VALID) + self._random.randbytes(3)]
+
+    def _foreign_fields(self) -> list[bytes]:
+        version, name, values = msgpack.unpackb(self._random.choice(VALID))
+        values[self._random.choice(("worker_id", "generation", "reason", "\x00"))] = self._random.choice(
+            (None, -1, 2**63, 1e300, "\x1b[2J", [[]], {}, True)
+        )
+        return [msgpack.packb([version, name, values])]
+
+    def _other_version(self) -> list[bytes]:
+        _, name, values = msgpack.unpackb(self._random.choice(VALID))
+        return [msgpack.packb([self._random.choice((0, 2, -1, 2**32)), name, values])]
+
+    def _many_frames(self) -> list[bytes]:
+        return [self._random.choice((b"", *VALID)) for _ in range(self._random.randrange(2, 6))]
+
+    def _long(self) -> list[bytes]:
+        return [self._random.randbytes(self._random.randrange(1024, MAX_REPORT_BYTES))]
+
+
+class Listening:
+    """A member's listener that minds being told anything untrue."""
+
+    def __init__(self) -> None:
+        self.verdict: tuple[str, ...] | None = None
+        self.told = threading.Event()
+        self.harm: list[object] = []
+
+    def on_lost(self, error: object) -> None:
+        self.harm.append(error)
+
+    def on_left(self, rank: int, completed: int) -> None:
+        if completed != 11:
+            self.harm.append((rank, completed))
+
+    def on_inquiry(self, sequence: int) -> str:
+        return f"call {sequence}"
+
+    def on_verdict(self, sequence: int, calls: tuple[str, ...]) -> None:
+        self.verdict = calls
+        self.told.set()
+
+
+class Ring:
+    """A coordinator with a launcher and two workers whose ring has formed."""
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        self.key = JobKey.generate()
+        self.key.save(directory / "job.key")
+        timeouts = Timeouts(heartbeat_timeout_s=20.0, inquiry_timeout_s=PATIENCE_S)
+        self.coordinator = Coordinator(CoordinatorSettings(world_size=2, timeouts=timeouts), self.key)
+        stack.callback(self.coordinator.close)
+        self.coordinator.start()
+        launcher = LauncherLink(self.coordinator.address, self.key, timeouts, lambda message: None)
+        stack.callback(launcher.close)
+        launcher.register("here", "127.0.0.1", 2, 29500, False)
+        self.listeners = [Listening(), Listening()]
+        self.links = []
+        for worker_id, listener in enumerate(self.listeners):
+            env = WorkerEnv(
+                coordinator=self.coordinator.address,
+                key_file=str(directory / "job.key"),
+                worker_id=worker_id,
+                host="here",
+                address="127.0.0.1",
+                local_rank=worker_id,
+                local_world_size=2,
+            )
+            self.links.append(WorkerLink(env, timeouts, listener))
+            stack.callback(self.links[-1].close)
+        in_parallel(lambda link: link.join(lambda token, encrypt: "tcp://127.0.0.1:1"), self.links)
+        host, _, port = self.coordinator.address.rpartition(":")
+        heartbeat_port = self.coordinator._quorum._settings.heartbeat_port
+        self.endpoints = (f"tcp://{host}:{port}", f"tcp://{host}:{heartbeat_port}")
+
+    def check_unharmed(self) -> None:
+        """It still answers, and leaves in order."""
+        assert [listener.harm for listener in self.listeners] == [[], []]
+        statistics = self.coordinator.statistics()
+        assert (statistics.generation, statistics.members, statistics.launchers) == (1, 2, 1)
+        assert statistics.internal_errors == 0
+        self.links[0].dispute(3)
+        for listener in self.listeners:
+            assert listener.told.wait(PATIENCE_S)
+            assert listener.verdict == ("call 3", "call 3")
+        in_parallel(lambda link: link.leave(11), self.links)
+        assert [listener.harm for listener in self.listeners] == [[], []]
+
+
+def in_parallel(call: Callable[[WorkerLink], object], links: list[WorkerLink]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(link: WorkerLink) -> None:
+        try:
+            call(link)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(link,)) for link in links]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> Iterator[Ring]:
+    with ExitStack() as stack:
+        yield Ring(stack, tmp_path)
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def throw(ring: Ring, endpoint: str, seed: int, count: int) -> None:
+    """Throw `count` messages at one socket, under a new peer id every so often. All arrive."""
+    garbage = Garbage(seed)
+    with zmq.Context() as context:
+        for start in range(0, count, FRAMES_PER_SOCKET):
+            dealer = context.socket(zmq.DEALER)
+            dealer.sndhwm = 256
+            ring.key.secure_client(dealer)
+            dealer.connect(endpoint)
+            for message in garbage.take(min(FRAMES_PER_SOCKET, count - start)):
+                dealer.send_multipart(message)
+            dealer.close(linger=-1)
+
+
+@pytest.mark.timeout(300)
+def test_a_million_bad_frames_are_counted_and_do_no_harm(ring: Ring) -> None:
+    before_bytes = rss_bytes()
+    peak_bytes = before_bytes
+    throwers = [
+        threading.Thread(
+            target=throw,
+            args=(ring, ring.endpoints[number % 2], SEED + number, FRAMES // THROWERS),
+            daemon=True,
+        )
+        for number in range(THROWERS)
+    ]
+    for thrower in throwers:
+        thrower.start()
+    for thrower in throwers:
+        while thrower.is_alive():
+            thrower.join(0.25)
+            peak_bytes = max(peak_bytes, rss_bytes())
+    pause = threading.Event()
+    while sum((refused := ring.coordinator.statistics().refused).values()) < FRAMES:
+        pause.wait(0.01)
+    assert sum(refused.values()) == FRAMES, dict(refused)
+    assert len(refused) > 50  # they were bad in many ways
+    assert len(refused) < 1000
+    assert peak_bytes - before_bytes < GROWTH_LIMIT_BYTES
+    ring.check_unharmed()
