@@ -57,14 +57,14 @@ class Timeouts:
 class Exchange:
     """How gradients travel. All ranks must use the same values."""
 
-    chunk_bytes: int = MIB
-    """Size of one pipelined piece of a tensor on the wire."""
+    chunk_bytes: int = 4 * MIB
+    """Largest pipelined piece of a tensor on the wire. Small tensors are cut finer."""
 
-    send_queue_chunks: int = 8
+    send_queue_chunks: int = 4
     """Chunks that may wait in each socket's send and receive queue (bounds memory per link)."""
 
-    io_threads: int = 1
-    """ZeroMQ I/O threads per worker."""
+    io_threads: int = 2
+    """ZeroMQ I/O threads per worker; two let sending and receiving overlap."""
 
     def __post_init__(self) -> None:
         _check_positive(self)

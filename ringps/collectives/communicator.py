@@ -15,7 +15,7 @@ from ringps.config import Exchange
 from ringps.kernels.cpu import accumulation_dtype, check_reducible
 from ringps.ring import schedule
 from ringps.ring.machine import RingMachine
-from ringps.ring.partition import Slice, partition
+from ringps.ring.partition import Slice, chunk_numel, partition
 from ringps.ring.topology import Generation
 
 
@@ -134,10 +134,10 @@ class Communicator:
         source = input.detach().reshape(-1)
         target, back = _flatten_in_place(output)
         slices = partition(source.numel(), self.world_size)
-        chunk_numel = self._chunk_numel(accumulation_dtype(input.dtype, checked))
+        piece = self._chunk_numel(slices, accumulation_dtype(input.dtype, checked))
         operation = RingOperation(
-            self._call("reduce_scatter", input, chunk_numel, op=op),
-            RingMachine(schedule.reduce_scatter(self.rank, self.world_size), slices, chunk_numel),
+            self._call("reduce_scatter", input, piece, op=op),
+            RingMachine(schedule.reduce_scatter(self.rank, self.world_size), slices, piece),
             source=source,
             output=target,
             op=checked,
@@ -232,11 +232,11 @@ class Communicator:
         back: Callable[[], object] | None,
     ) -> Handle:
         checked = check_reducible(tensor.dtype, op)
-        chunk_numel = self._chunk_numel(accumulation_dtype(tensor.dtype, checked))
         slices = partition(source.numel(), self.world_size)
+        piece = self._chunk_numel(slices, accumulation_dtype(tensor.dtype, checked))
         operation = RingOperation(
-            self._call("all_reduce", tensor, chunk_numel, op=op, label=label),
-            RingMachine(schedule.all_reduce(self.rank, self.world_size), slices, chunk_numel),
+            self._call("all_reduce", tensor, piece, op=op, label=label),
+            RingMachine(schedule.all_reduce(self.rank, self.world_size), slices, piece),
             source=source,
             output=output,
             op=checked,
@@ -257,10 +257,10 @@ class Communicator:
         src: int | None = None,
     ) -> Handle:
         """A collective that moves bytes and combines nothing, in place in `raw` (uint8)."""
-        chunk_numel = self._chunk_numel(torch.uint8)
+        piece = self._chunk_numel(slices, torch.uint8)
         operation = RingOperation(
-            self._call(kind, tensor, chunk_numel, src=src),
-            RingMachine(plan, slices, chunk_numel),
+            self._call(kind, tensor, piece, src=src),
+            RingMachine(plan, slices, piece),
             source=raw,
             output=raw,
             world_size=self.world_size,
@@ -288,8 +288,8 @@ class Communicator:
             chunk_numel=chunk_numel,
         )
 
-    def _chunk_numel(self, widest: torch.dtype) -> int:
-        return max(1, self._exchange.chunk_bytes // widest.itemsize)
+    def _chunk_numel(self, slices: tuple[Slice, ...], widest: torch.dtype) -> int:
+        return chunk_numel(slices, widest.itemsize, self._exchange.chunk_bytes)
 
     def _alone(
         self, copy: Callable[[], object], back: Callable[[], object] | None

@@ -6,6 +6,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 
+_CHUNKS_PER_SLICE = 4
+_LEAST_CHUNK_BYTES = 256 * 1024
+
+
 class Slice(NamedTuple):
     """A half-open range of elements of a flat tensor."""
 
@@ -26,6 +30,14 @@ def partition(numel: int, world_size: int) -> tuple[Slice, ...]:
         raise ValueError(f"cannot cut {numel} elements into {world_size} slices")
     bounds = [numel * rank // world_size for rank in range(world_size + 1)]
     return tuple(Slice(*pair) for pair in pairwise(bounds))
+
+
+def chunk_numel(slices: tuple[Slice, ...], itemsize_bytes: int, limit_bytes: int) -> int:
+    """Elements per chunk: a quarter of a slice, so that a step overlaps with the next one, but at
+    least 256 KiB, below which the cost of a chunk outweighs that, and at most `limit_bytes`."""
+    longest_bytes = max(part.numel for part in slices) * itemsize_bytes
+    chunk_bytes = min(max(longest_bytes // _CHUNKS_PER_SLICE, _LEAST_CHUNK_BYTES), limit_bytes)
+    return max(1, chunk_bytes // itemsize_bytes)
 
 
 def chunk_count(part: Slice, chunk_numel: int) -> int:

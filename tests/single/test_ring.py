@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ringps.errors import FrameError
 from ringps.ring import schedule
 from ringps.ring.machine import RingMachine, SendChunk
-from ringps.ring.partition import Slice, chunk, chunk_count, partition
+from ringps.ring.partition import Slice, chunk, chunk_count, chunk_numel, partition
 from ringps.ring.schedule import Action, Content, Schedule
 
 world_sizes = st.integers(1, 9)
@@ -25,12 +25,23 @@ def test_partition_is_balanced_and_covers_everything_once(numel: int, world_size
 
 
 @given(numels, st.integers(1, 64))
-def test_chunks_cover_a_slice_once_and_an_empty_slice_has_one(numel: int, chunk_numel: int) -> None:
+def test_chunks_cover_a_slice_once_and_an_empty_slice_has_one(numel: int, piece: int) -> None:
     part = Slice(5, 5 + numel)
-    chunks = [chunk(part, i, chunk_numel) for i in range(chunk_count(part, chunk_numel))]
+    chunks = [chunk(part, i, piece) for i in range(chunk_count(part, piece))]
     assert len(chunks) >= 1
-    assert [i for piece in chunks for i in range(*piece)] == list(range(*part))
-    assert all(piece.numel == chunk_numel for piece in chunks[:-1])
+    assert [i for one in chunks for i in range(*one)] == list(range(*part))
+    assert all(one.numel == piece for one in chunks[:-1])
+
+
+@given(st.integers(0, 10**9), world_sizes, st.sampled_from([1, 2, 4, 8]), st.sampled_from([64, 2**18, 2**22]))
+def test_chunks_are_neither_tiny_nor_above_the_limit(
+    numel: int, world_size: int, itemsize_bytes: int, limit_bytes: int
+) -> None:
+    slices = partition(numel, world_size)
+    chunk_bytes = chunk_numel(slices, itemsize_bytes, limit_bytes) * itemsize_bytes
+    assert min(limit_bytes, 2**18) - itemsize_bytes < chunk_bytes <= limit_bytes
+    if chunk_bytes > 2**18:
+        assert chunk_count(slices[0], chunk_bytes // itemsize_bytes) >= 4
 
 
 def simulate(plans: list[Schedule], slices: tuple[Slice, ...], chunk_numel: int, order: st.DataObject):
