@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -41,6 +42,9 @@ _REASONS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not accept this generation's token",
 }
 
+_LARGEST_ADAPTIVE_BLOCK_BYTES = 31 << 20
+"""Just below the size up to which glibc learns to keep freed memory."""
+
 _GARBAGE_PER_CALL = 256
 """Refused messages after which `receive` gives the caller a turn to send."""
 
@@ -61,6 +65,9 @@ class ZmqTcpListener:
         self._token = token
         self._exchange = exchange
         self._encrypt = encrypt
+        # glibc gives each freed chunk back to the system, and every page of the next one faults, until
+        # it has seen a larger block come and go (M_MMAP_THRESHOLD in mallopt(3)).
+        np.empty(_LARGEST_ADAPTIVE_BLOCK_BYTES, dtype=np.uint8)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=exchange.io_threads)
         self._zap = ZapResponder(self._context, token)
         self._pull = self._context.socket(zmq.PULL)
