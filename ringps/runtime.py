@@ -224,10 +224,10 @@ def _join(env: WorkerEnv, config: Config) -> _Ring:
     link = WorkerLink(env, config.timeouts, bridge)
     try:
         view = link.join(bind)
-    except BaseException:
+    except BaseException as error:
         for listener in listeners:
             listener.close()
-        link.close()
+        _give_up(link, error)
         raise
     if view.world_size > 1:
         engine = Engine(view, listeners[-1].connect(view), config.timeouts, link)
@@ -270,10 +270,16 @@ def _at_exit() -> None:
             print(f"ringps: while leaving the ring: {late}", file=sys.stderr)
         return
     ring, _ring = _ring, None
+    ring.engine.close()
     if ring.link is not None:
-        blames = error.blames if isinstance(error, RingBrokenError) else None
-        ring.link.fail(f"{type(error).__name__}: {error}"[:500], blames)
-    _take_apart(ring)
+        _give_up(ring.link, error)
+
+
+def _give_up(link: WorkerLink, error: BaseException) -> None:
+    """Let the others know why this worker ends, and whose fault it is if not its own."""
+    blames = error.blames if isinstance(error, RingBrokenError) else None
+    link.fail(f"{type(error).__name__}: {error}", blames)
+    link.close()
 
 
 def _forget() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import secrets
 import threading
 import time
 from collections import deque
@@ -34,6 +33,8 @@ from ringps.wire.control import (
     MAX_FRAME_BYTES,
     OTHER_VERSION,
     Beat,
+    Hello,
+    LauncherHello,
     Message,
     Refused,
     Vocabulary,
@@ -60,7 +61,7 @@ class Handler(Protocol):
 
 
 class ControlChannel:
-    """A link's sockets. A connection that breaks is made again, under the same peer id."""
+    """A link's sockets. A connection that breaks is made again, and begins with our hello again."""
 
     def __init__(
         self,
@@ -75,9 +76,7 @@ class ControlChannel:
         self._timeouts = timeouts
         self._vocabulary = vocabulary
         self._handler = handler
-        # The coordinator knows us by this id on both sockets. Nobody else knows it, so nobody else
-        # can send in our name. Ids that start with a zero byte are libzmq's own.
-        self._peer_id = b"\x01" + secrets.token_bytes(15)
+        self._greeting = b""
         self._handshake = Handshake()
         self._outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._outbox: deque[bytes] = deque()
@@ -103,8 +102,8 @@ class ControlChannel:
         """Frames from the coordinator that did not follow the protocol."""
         return self._refused
 
-    def open(self) -> None:
-        """Connect; returns once both sides have shown their key.
+    def open(self, hello: Hello | LauncherHello) -> None:
+        """Connect and say hello; returns once both sides have shown their key.
 
         Raises:
             CoordinatorUnreachableError: nobody answered for `connect_timeout_s`.
@@ -115,6 +114,7 @@ class ControlChannel:
         with self._lock:
             if self._linger_s is not None:
                 raise ClosedError("this link to the coordinator is closed")
+            self._greeting = encode(hello)
             self._connect()
             self._thread = threading.Thread(target=self._run, name="ringps-link", daemon=True)
             self._thread.start()
@@ -152,6 +152,8 @@ class ControlChannel:
 
         What cannot be sent at once is dropped: an old beat says nothing.
         """
+        if self._beat is not None:
+            return  # welcomed again, after a broken connection
         self._heartbeat.connect(f"tcp://{endpoint.join(endpoint.split(self._coordinator)[0], port)}")
         self._beat = beat
 
@@ -179,7 +181,6 @@ class ControlChannel:
         self._monitor = self._control.get_monitor_socket(Handshake.EVENTS)
         self._heartbeat = self._dealer(ipv6)
         self._heartbeat.sndhwm = _BEATS_QUEUED
-        self._heartbeat.immediate = True
         try:
             self._control.connect(f"tcp://{endpoint.join(host, port)}")
         except zmq.ZMQError as error:
@@ -192,7 +193,7 @@ class ControlChannel:
     def _dealer(self, ipv6: bool) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
         dealer.ipv6 = ipv6
-        dealer.routing_id = self._peer_id
+        dealer.immediate = True  # queue nothing for a connection that is not there
         dealer.maxmsgsize = MAX_FRAME_BYTES + CURVE_OVERHEAD_BYTES
         dealer.reconnect_ivl = int(_RETRY_S * 1000)
         dealer.reconnect_ivl_max = 1000
@@ -232,8 +233,7 @@ class ControlChannel:
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             if self._monitor in ready:
-                self._handshake.observe(recv_monitor_message(self._monitor)["event"])
-                self._on_progress()
+                self._watch()
             if self._control in ready:
                 self._receive()
             self._flush()
@@ -244,7 +244,7 @@ class ControlChannel:
 
     def _sleep_ms(self) -> int | None:
         dues_s = []
-        if self._outbox:
+        if self._outbox and self._handshake.progress is Progress.UP:
             dues_s.append(time.monotonic() + _RETRY_S)
         if self._beat is not None:
             dues_s.append(self._beat_due_s)
@@ -254,10 +254,16 @@ class ControlChannel:
             return None
         return 1 + max(0, int((min(dues_s) - time.monotonic()) * 1000))
 
+    def _watch(self) -> None:
+        while self._monitor.poll(0):  # all of it, so that a hello goes before what is queued
+            self._handshake.observe(recv_monitor_message(self._monitor)["event"])
+            self._on_progress()
+
     def _on_progress(self) -> None:
         match self._handshake.progress:
             case Progress.UP:
                 self._was_up, self._down_since_s = True, None
+                self._outbox.appendleft(self._greeting)
                 self._outcome.put(None)
             case Progress.REFUSED:
                 self._outcome.put(self._key_refused())
@@ -288,7 +294,7 @@ class ControlChannel:
         self._tell(lambda: self._handler.on_message(message))
 
     def _flush(self) -> None:
-        while self._outbox:
+        while self._outbox and self._handshake.progress is Progress.UP:
             try:
                 self._control.send(self._outbox[0], zmq.NOBLOCK)
             except zmq.Again:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ringps.config import Timeouts
 from ringps.errors import ClosedError, CoordinatorUnreachableError, PeerLostError, SetupError
 from ringps.membership.channel import ControlChannel
-from ringps.membership.rendezvous import Rendezvous, lost_error
+from ringps.membership.rendezvous import Rendezvous, lost_error, new_session
 from ringps.ring.topology import Generation, Member
 from ringps.transport.keys import JobKey
 from ringps.wire.control import (
@@ -76,7 +76,7 @@ class WorkerLink:
         key = None if env.key_file is None else JobKey.load(env.key_file)
         self._channel = ControlChannel(env.coordinator, key, timeouts, TO_WORKER, self)
         self._rendezvous = Rendezvous(self._channel, timeouts)
-        self._host = clip_line(env.host)
+        self._session = new_session()
         self._step = 0
         self._changed = threading.Condition()
         self._generation = 0
@@ -102,7 +102,13 @@ class WorkerLink:
             SetupError: workers did not come within `rendezvous_timeout_s`; the message names them.
             ClosedError: `close` was called meanwhile.
         """
-        hello = Hello(worker_id=self._env.worker_id, host=self._host, pid=os.getpid(), generation=0)
+        hello = Hello(
+            worker_id=self._env.worker_id,
+            host=clip_line(self._env.host),
+            pid=os.getpid(),
+            generation=0,
+            session=self._session,
+        )
         self._rendezvous.greet(hello, Welcome)
         prepare = self._rendezvous.wait_for(Prepare, "the ring did not form")
         token = JobKey(prepare.token_public.encode(), prepare.token_secret.encode())
@@ -183,15 +189,14 @@ class WorkerLink:
 
     def on_gone(self, error: CoordinatorUnreachableError) -> None:
         self._rendezvous.fail(error)
-        with self._changed:
-            quiet = self._all_left or self._lost is not None
-            self._gone = True
-            self._changed.notify_all()
-        if self._generation and not quiet:
+        if self._generation and not (self._all_left or self._lost):
             _log.warning(
                 "%s; training goes on, but from now on only the data connections tell when a worker is lost",
                 error,
             )
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
 
     def _on_lost(self, lost: Lost) -> None:
         if not self._generation:
@@ -208,6 +213,8 @@ class WorkerLink:
     def _on_ring(self, message: Left | AllLeft | Inquire | Verdict) -> None:
         match message:
             case Left(rank=rank, completed=completed):
+                if rank in self._left:
+                    return
                 with self._changed:
                     self._left.add(rank)
                 self._listener.on_left(rank, completed)
@@ -222,7 +229,13 @@ class WorkerLink:
                 self._listener.on_verdict(sequence, calls)
 
     def _make_beat(self, count: int) -> Beat:
-        return Beat(worker_id=self._env.worker_id, generation=self._generation, step=self._step, count=count)
+        return Beat(
+            worker_id=self._env.worker_id,
+            session=self._session,
+            generation=self._generation,
+            step=self._step,
+            count=count,
+        )
 
     def _view(self, prepare: Prepare, form: Form) -> Generation:
         if form.generation != prepare.generation or len(form.addresses) != len(prepare.members):

@@ -46,6 +46,7 @@ from ringps.wire.control import (
     HEARTBEATS,
     OTHER_VERSION,
     TO_COORDINATOR,
+    Beat,
     JobEvent,
     JobFailed,
     Message,
@@ -228,7 +229,6 @@ class Coordinator:
         router.ipv6 = ":" in ip
         router.maxmsgsize = MAX_REPORT_BYTES + CURVE_OVERHEAD_BYTES
         router.rcvhwm, router.sndhwm = _RECEIVE_QUEUE, _SEND_QUEUE
-        router.router_handover = True  # a peer that reconnects is the same peer; see ControlChannel
         if self._key is not None:
             router.zap_domain = b"ringps"
             router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # refuse, should nobody answer ZAP any more
@@ -271,7 +271,7 @@ class Coordinator:
                 self._publish()
                 poller.poll(1 + max(0, int((next_tick_s - time.monotonic()) * 1000)))
                 # Both sockets are drained before the next tick judges who is silent.
-                self._drain(self._heartbeat, HEARTBEATS, Beaten)
+                self._drain(self._heartbeat, HEARTBEATS, _beaten)
                 self._drain(self._control, TO_COORDINATOR, Received)
         except BaseException:
             self._report_bug()
@@ -387,6 +387,10 @@ class Coordinator:
 
 
 _OTHER_PROTOCOL = Refused(reason="another protocol version; install the same ringps on all machines")
+
+
+def _beaten(_: bytes, beat: Beat) -> Beaten:
+    return Beaten(beat)
 
 
 def _new_token() -> tuple[str, str]:

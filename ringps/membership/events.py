@@ -41,9 +41,8 @@ class Received:
 
 @dataclass(frozen=True)
 class Beaten:
-    """A heartbeat came from a peer."""
+    """A heartbeat came. It proves by itself whose it is."""
 
-    peer: bytes
     beat: Beat
 
 

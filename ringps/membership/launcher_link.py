@@ -11,7 +11,7 @@ from ringps.config import Timeouts
 from ringps.errors import ClosedError, CoordinatorUnreachableError
 from ringps.membership.channel import ControlChannel
 from ringps.membership.client import LAST_WORDS_S
-from ringps.membership.rendezvous import Rendezvous
+from ringps.membership.rendezvous import Rendezvous, new_session
 from ringps.transport.keys import JobKey
 from ringps.wire.control import (
     TO_LAUNCHER,
@@ -88,6 +88,7 @@ class LauncherLink:
             slots=slots,
             master_port=master_port,
             encrypt_data=encrypt_data,
+            session=new_session(),
         )
         self._rendezvous.greet(hello, Waiting)
         return self._rendezvous.wait_for(Assignment, "the job's launchers did not come together")
@@ -116,8 +117,9 @@ class LauncherLink:
             case JobEvent():
                 self._on_message(message)
             case JobFailed() | JobDone():
-                self._over = True
-                self._on_message(message)
+                first, self._over = not self._over, True
+                if first:
+                    self._on_message(message)
             case Assignment():
                 self._registered = True
                 self._rendezvous.deliver(message)

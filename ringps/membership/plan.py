@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringps.wire.control import Assignment, LauncherHello
 from ringps.wire.rules import MAX_WORKERS
@@ -10,7 +10,7 @@ from ringps.wire.rules import MAX_WORKERS
 
 @dataclass(frozen=True)
 class _Offer:
-    peer: bytes
+    session: str
     hello: LauncherHello
     first_worker_id: int = 0
 
@@ -41,9 +41,9 @@ class JobPlan:
         return self._complete
 
     @property
-    def launchers(self) -> tuple[bytes, ...]:
-        """Peer ids of all launchers; by host once complete."""
-        return tuple(offer.peer for offer in self._offers)
+    def launchers(self) -> tuple[str, ...]:
+        """Sessions of all launchers; by host once complete."""
+        return tuple(offer.session for offer in self._offers)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class JobPlan:
         """Whether a launcher asked for encrypted data connections."""
         return any(offer.hello.encrypt_data for offer in self._offers)
 
-    def offer(self, peer: bytes, hello: LauncherHello, now_s: float) -> str | None:
+    def offer(self, hello: LauncherHello, now_s: float) -> str | None:
         """Take a launcher in; the answer is None, or the reason for refusing it."""
         if self._complete:
             return "the job's launchers are complete; joining later is not possible in this version"
@@ -63,33 +63,49 @@ class JobPlan:
         room = (self._world_size or MAX_WORKERS) - taken
         if hello.slots > room:
             return f"the job has room for {room} more workers, and this launcher offers {hello.slots}"
-        self._offers.append(_Offer(peer, hello))
+        self._offers.append(_Offer(hello.session, hello))
         self._last_offer_s = now_s
         return None
 
-    def withdraw(self, peer: bytes) -> None:
+    def withdraw(self, session: str) -> None:
         """A launcher goes away; its offer is void unless it was dealt worker ids already."""
         if not self._complete:
-            self._offers = [offer for offer in self._offers if offer.peer != peer]
+            self._offers = [offer for offer in self._offers if offer.session != session]
 
-    def settle(self, now_s: float) -> list[tuple[bytes, Assignment]]:
-        """Complete the plan if it is time; the assignments, once, else nothing."""
+    def settle(self, now_s: float) -> bool:
+        """Complete the plan if it is time; whether that has just happened."""
         slots = self._slots()
         if self._complete or not slots:
-            return []
+            return False
         if self._world_size is None:
             if now_s - self._last_offer_s < self._settle_s:
-                return []
+                return False
         elif slots < self._world_size:
-            return []
+            return False
         self._complete = True
         self._world_size = slots
-        return self._deal(slots)
+        self._deal()
+        return True
 
-    def owns(self, peer: bytes, worker_id: int) -> bool:
+    def assignment(self, session: str) -> Assignment:
+        """A launcher's part, once the plan is complete."""
+        assert self._complete and self._world_size is not None
+        index = self.launchers.index(session)
+        master = self._offers[0].hello
+        return Assignment(
+            first_worker_id=self._offers[index].first_worker_id,
+            world_size=self._world_size,
+            host_index=index,
+            host_count=len(self._offers),
+            master_address=master.address,
+            master_port=master.master_port,
+            hosts=self.hosts,
+        )
+
+    def owns(self, session: str, worker_id: int) -> bool:
         """Whether this launcher was told to start this worker."""
         offer = self._offer_of(worker_id)
-        return offer is not None and offer.peer == peer
+        return offer is not None and offer.session == session
 
     def host_of(self, worker_id: int) -> str | None:
         """The machine where a launcher was told to start this worker."""
@@ -113,27 +129,12 @@ class JobPlan:
                     return offer
         return None
 
-    def _deal(self, world_size: int) -> list[tuple[bytes, Assignment]]:
+    def _deal(self) -> None:
+        """Order the launchers by host, and give each its worker ids."""
         arrival = {offer.hello.host: place for place, offer in reversed(list(enumerate(self._offers)))}
         ordered = sorted(self._offers, key=lambda offer: arrival[offer.hello.host])
         self._offers = []
         first = 0
         for offer in ordered:
-            self._offers.append(_Offer(offer.peer, offer.hello, first))
+            self._offers.append(replace(offer, first_worker_id=first))
             first += offer.hello.slots
-        master = self._offers[0].hello
-        return [
-            (
-                offer.peer,
-                Assignment(
-                    first_worker_id=offer.first_worker_id,
-                    world_size=world_size,
-                    host_index=index,
-                    host_count=len(self._offers),
-                    master_address=master.address,
-                    master_port=master.master_port,
-                    hosts=self.hosts,
-                ),
-            )
-            for index, offer in enumerate(self._offers)
-        ]

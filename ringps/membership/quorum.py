@@ -5,15 +5,14 @@ first loss. Formation has two phases. When every worker has said `Hello`, all ar
 `Prepare`: to listen for data connections. When every one is `Bound`, all are told to `Form`: to
 connect. So nobody connects to an address where nobody listens yet.
 
-A peer is whoever sends from one peer id. Ids are drawn at random by their owners and shown to
-nobody, and a worker's heartbeats come under the id of its control messages; a frame replayed by
-another peer is therefore refused, whatever it says.
+Who sends is decided by the connection (`peers`), and for heartbeats by the session in them, so a
+frame that a stranger replays is refused, whatever it says. A process whose connection broke says
+hello again and is told once more what it may have missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ringps.membership.causes import RootCause
@@ -21,16 +20,14 @@ from ringps.membership.detector import SilenceDetector
 from ringps.membership.events import (
     Action,
     Beaten,
-    Emit,
     Event,
-    Finish,
     QuorumSettings,
     Received,
-    Refuse,
-    Send,
     Tick,
 )
+from ringps.membership.formation import Ring
 from ringps.membership.inquiry import Inquiries
+from ringps.membership.peers import Outbox, PeerBook
 from ringps.membership.plan import JobPlan
 from ringps.membership.roster import ACTIVE, BEATING, IN_RENDEZVOUS, Phase, Roster, Worker
 from ringps.wire.control import (
@@ -41,7 +38,6 @@ from ringps.wire.control import (
     CallReport,
     Dispute,
     Failing,
-    Form,
     FromLauncher,
     FromWorker,
     Hello,
@@ -51,12 +47,8 @@ from ringps.wire.control import (
     LauncherHello,
     LauncherLeaving,
     Leaving,
-    Left,
     Lost,
-    Prepare,
     Refused,
-    ToLauncher,
-    ToWorker,
     Verdict,
     Waiting,
     Welcome,
@@ -64,7 +56,7 @@ from ringps.wire.control import (
     clip,
     clip_line,
 )
-from ringps.wire.rules import MAX_CALL_BYTES, Seat
+from ringps.wire.rules import MAX_CALL_BYTES
 
 STEP_EVENT_INTERVAL_S = 1.0
 
@@ -85,16 +77,6 @@ _SAID_BEFORE = "hello said before"
 _COMPLETE = "the ring is complete; joining later is not possible in this version"
 
 
-@dataclass
-class _Ring:
-    """The generation that is being formed or has formed; `number` is 0 before."""
-
-    number: int = 0
-    members: list[Worker] = field(default_factory=list)
-    formed: bool = False
-    lost: Lost | None = None
-
-
 class Quorum:
     """The state machine of one job's coordinator.
 
@@ -109,16 +91,18 @@ class Quorum:
         self._new_token = new_token
         self._plan = JobPlan(settings.world_size, settings.settle_s)
         self._roster = Roster()
-        self._launchers: set[bytes] = set()
-        self._ring = _Ring()
+        self._launchers: set[str] = set()
+        self._peers = PeerBook()
+        self._ring = Ring()
         self._detector = SilenceDetector(timeouts.heartbeat_timeout_s)
         self._inquiries = Inquiries(timeouts.inquiry_timeout_s)
         self._causes = RootCause(timeouts.heartbeat_timeout_s)
         self._step = self._step_told = 0
         self._step_told_s = float("-inf")
+        self._verdict: JobFailed | JobDone | None = None
         self._patient_until_s = float("inf")
         self._finished = False
-        self._out: list[Action] = []
+        self._out = Outbox(self._peers)
 
     @property
     def generation(self) -> int:
@@ -137,16 +121,19 @@ class Quorum:
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from an event at `now_s`, on any monotonic clock."""
-        self._out = []
+        refusal = None
         match event:
             case Tick():
                 self._follow_up(now_s)
-            case Beaten(peer, beat):  # what follows from it can wait for the next tick
-                self._refuse(self._on_beat(peer, beat, now_s))
+            case Beaten(beat):  # what follows from it can wait for the next tick
+                refusal = self._on_beat(beat, now_s)
             case Received(peer, message):
-                if not self._refuse(self._on_message(peer, message, now_s)):
+                refusal = self._on_message(peer, message, now_s)
+                if refusal is None:
                     self._follow_up(now_s)
-        return self._out
+        if refusal is not None:
+            self._out.refuse(refusal)
+        return self._out.take()
 
     # Messages. Every handler returns None, or the reason for refusing the message.
 
@@ -156,9 +143,10 @@ class Quorum:
                 return self._on_hello(peer, message, now_s)
             case LauncherHello():
                 return self._on_launcher_hello(peer, message, now_s)
-        if peer in self._launchers:
-            return self._on_launcher(peer, message, now_s)
-        worker = self._roster.of_peer(peer)
+        session = self._peers.session_of(peer)
+        if session in self._launchers:
+            return self._on_launcher(session, message, now_s)
+        worker = self._roster.of_session(session)
         if worker is None:
             return _UNKNOWN_PEER
         if worker.phase not in _WHEN.get(type(message), ()):
@@ -171,7 +159,7 @@ class Quorum:
         match message:
             case Ask():
                 reason = self._roster.waiting_for(self._plan.world_size or 0)
-                self._tell(worker, Waiting(reason=reason))
+                self._out.tell(worker, Waiting(reason=reason))
             case Bound(address=address):
                 worker.address, worker.phase = address, Phase.BOUND
             case Dispute(sequence=sequence):
@@ -186,25 +174,32 @@ class Quorum:
         return None
 
     def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> str | None:
-        if self._known(peer):
+        if self._peers.session_of(peer) is not None:
             return _SAID_BEFORE
+        known = self._roster.of_session(hello.session)
+        if known is not None and known.worker_id == hello.worker_id:
+            self._peers.write_down(hello.session, peer)
+            self._catch_up(known)
+            return None
         refusal = self._hello_refusal(hello)
         if refusal is not None:
             reason, detail = refusal
-            self._send(peer, Refused(reason=clip(detail)))
+            self._out.send(peer, Refused(reason=clip(detail)))
             return reason
         if self._ring.lost is not None:
-            self._send(peer, self._ring.lost)
+            self._out.send(peer, self._ring.lost)
             return None
-        self._roster.admit(peer, hello)
+        self._peers.write_down(hello.session, peer)
+        self._catch_up(self._roster.admit(hello))
         self._detector.watch(hello.worker_id, now_s)
-        self._send(peer, Welcome(heartbeat_port=self._settings.heartbeat_port))
         return None
 
     def _hello_refusal(self, hello: Hello) -> tuple[str, str] | None:
         """Why a worker may not take part: in a fixed phrase, and in words for its user."""
         if self._ring.number and self._ring.lost is None:
             return (_COMPLETE, _COMPLETE)
+        if hello.session in self._peers:
+            return ("session taken", "another process has this session")
         world_size = self._plan.world_size
         if world_size is None:
             return (
@@ -233,7 +228,7 @@ class Quorum:
             return reason
         for worker in members:
             if worker.absence() is None:
-                self._tell(worker, Inquire(generation=self._ring.number, sequence=sequence))
+                self._out.tell(worker, Inquire(generation=self._ring.number, sequence=sequence))
         return None
 
     def _on_leaving(self, worker: Worker, completed: int, now_s: float) -> None:
@@ -241,11 +236,10 @@ class Quorum:
         worker.phase, worker.completed = Phase.LEFT, completed
         self._detector.forget(worker.worker_id)
         self._inquiries.know(worker.rank, worker.absence() or "")
-        left = Left(generation=self._ring.number, rank=worker.rank, completed=completed)
-        self._tell_members(left, but=worker)
-        if self._all_left():
+        self._out.tell_all(self._ring.members, self._ring.left(worker), but=worker)
+        if self._ring.all_left:
             self._tell_step(now_s, at_once=True)
-            self._tell_members(AllLeft(generation=self._ring.number))
+            self._out.tell_all(self._ring.members, AllLeft(generation=self._ring.number))
 
     def _on_failing(self, worker: Worker, failing: Failing, now_s: float) -> None:
         worker.failing = failing
@@ -260,25 +254,30 @@ class Quorum:
             self._lose(worker, failing.reason)
 
     def _on_launcher_hello(self, peer: bytes, hello: LauncherHello, now_s: float) -> str | None:
-        if self._known(peer):
+        if self._peers.session_of(peer) is not None:
             return _SAID_BEFORE
-        detail = self._plan.offer(peer, hello, now_s)
-        if detail is not None:
-            self._send(peer, Refused(reason=clip(detail)))
-            return "no room for this launcher"
-        self._launchers.add(peer)
-        self._send(peer, Waiting(reason=clip(self._plan.waiting_for())))
+        if hello.session not in self._launchers:
+            if hello.session in self._peers:
+                return "session taken"
+            detail = self._plan.offer(hello, now_s)
+            if detail is not None:
+                self._out.send(peer, Refused(reason=clip(detail)))
+                return "no room for this launcher"
+            self._launchers.add(hello.session)
+        self._peers.write_down(hello.session, peer)
+        self._catch_up_launcher(hello.session)
         return None
 
-    def _on_launcher(self, peer: bytes, message: FromWorker | FromLauncher, now_s: float) -> str | None:
+    def _on_launcher(self, session: str, message: FromWorker | FromLauncher, now_s: float) -> str | None:
         match message:
             case Ask():
-                self._send(peer, Waiting(reason=clip(self._plan.waiting_for())))
+                self._out.send_to(session, Waiting(reason=clip(self._plan.waiting_for())))
             case LauncherLeaving():
-                self._plan.withdraw(peer)
-                self._launchers.discard(peer)
+                self._plan.withdraw(session)
+                self._launchers.discard(session)
+                self._peers.cross_out(session)
             case WorkerExited(worker_id=worker_id):
-                if not self._plan.owns(peer, worker_id):
+                if not self._plan.owns(session, worker_id):
                     return "launcher does not own this worker"
                 if self._roster[worker_id].exited is not None:
                     return "exit reported before"
@@ -305,8 +304,8 @@ class Quorum:
 
     # Heartbeats.
 
-    def _on_beat(self, peer: bytes, beat: Beat, now_s: float) -> str | None:
-        worker = self._roster.of_peer(peer)
+    def _on_beat(self, beat: Beat, now_s: float) -> str | None:
+        worker = self._roster.of_session(beat.session)
         if worker is None:
             return _UNKNOWN_PEER
         if beat.worker_id != worker.worker_id:
@@ -327,14 +326,16 @@ class Quorum:
     # What follows from the state as it now is.
 
     def _follow_up(self, now_s: float) -> None:
-        for peer, assignment in self._plan.settle(now_s):
-            self._send(peer, assignment)
+        if self._plan.settle(now_s):
+            for session in self._plan.launchers:
+                self._out.send_to(session, self._plan.assignment(session))
         for worker_id, reason in self._detector.silent(now_s):
             self._causes.note(worker_id, reason, now_s, code=1)
             self._lose(self._roster[worker_id], reason)
         self._advance_formation(now_s)
         for sequence, calls in self._inquiries.settle(now_s):
-            self._tell_members(Verdict(generation=self._ring.number, sequence=sequence, calls=calls))
+            verdict = Verdict(generation=self._ring.number, sequence=sequence, calls=calls)
+            self._out.tell_all(self._ring.members, verdict)
         self._tell_step(now_s)
         self._advance_end(now_s)
 
@@ -353,37 +354,15 @@ class Quorum:
             self._form()
 
     def _prepare(self) -> None:
-        ring = self._ring
-        ring.number += 1
-        ring.members = self._roster.in_ring_order(self._plan.hosts)
-        public, secret = self._new_token()
-        prepare = Prepare(
-            generation=ring.number,
-            members=tuple(Seat(worker.worker_id, worker.host, worker.pid) for worker in ring.members),
-            token_public=public,
-            token_secret=secret,
-            encrypt=self._settings.encrypt_data or self._plan.encrypt_data,
-        )
-        for rank, worker in enumerate(ring.members):
-            worker.rank, worker.phase = rank, Phase.PREPARED
-            self._tell(worker, prepare)
+        members = self._roster.in_ring_order(self._plan.hosts)
+        encrypt = self._settings.encrypt_data or self._plan.encrypt_data
+        self._out.tell_all(members, self._ring.prepare(members, self._new_token(), encrypt))
 
     def _form(self) -> None:
         ring = self._ring
-        ring.formed = True
-        for worker in ring.members:
-            worker.phase = Phase.MEMBER
-        addresses = tuple(worker.address for worker in ring.members)
-        self._tell_members(Form(generation=ring.number, addresses=addresses))
-        self._emit(
-            "generation",
-            generation=ring.number,
-            members=[
-                {"rank": rank, "worker_id": worker.worker_id, "host": worker.host, "pid": worker.pid}
-                for rank, worker in enumerate(ring.members)
-            ],
-            reason=f"all {len(ring.members)} workers have come",
-        )
+        self._out.tell_all(ring.members, ring.form())
+        reason = f"all {len(ring.members)} workers have come"
+        self._emit("generation", generation=ring.number, members=ring.describe(), reason=reason)
 
     def _lose(self, worker: Worker, reason: str) -> None:
         """A worker is gone. Only the first is announced: the others follow from it."""
@@ -402,7 +381,7 @@ class Quorum:
         )
         concerned = list(self._roster.greeted())
         for other in concerned:
-            self._tell(other, lost)
+            self._out.tell(other, lost)
         if concerned:
             self._emit(
                 "worker_lost",
@@ -418,14 +397,14 @@ class Quorum:
         if root is not None:
             worker = self._roster[root.worker_id]
             self._tell_step(now_s, at_once=True)
-            failed = JobFailed(
+            self._verdict = JobFailed(
                 worker_id=root.worker_id,
                 rank=self._rank(worker),
                 host=self._host(worker),
                 code=root.code or 1,
                 reason=clip(root.reason),
             )
-            self._tell_launchers(failed)
+            self._out.send_all(self._plan.launchers, self._verdict)
             self._patient_until_s = now_s + self._settings.timeouts.shutdown_timeout_s
         all_exited = self._plan.complete and self._roster.exited() == self._plan.world_size
         if self._causes.decided:
@@ -433,28 +412,36 @@ class Quorum:
                 self._finish("a worker failed")
         elif all_exited and not self._finished:
             self._tell_step(now_s, at_once=True)
-            self._tell_launchers(JobDone())
+            self._verdict = JobDone()
+            self._out.send_all(self._plan.launchers, self._verdict)
             self._finish("all workers have exited")
-        elif self._all_left() and not self._launchers:
+        elif self._ring.all_left and not self._launchers:
             self._finish("all workers have left")
+
+    def _catch_up(self, worker: Worker) -> None:
+        """Tell a worker that is new here, or back, all that concerns it. It skips what it knows."""
+        ring = self._ring
+        self._out.tell(worker, Welcome(heartbeat_port=self._settings.heartbeat_port))
+        for message in ring.history(worker):
+            self._out.tell(worker, message)
+        if ring.lost is not None:
+            self._out.tell(worker, ring.lost)
+        elif ring.all_left:
+            self._out.tell(worker, AllLeft(generation=ring.number))
+
+    def _catch_up_launcher(self, session: str) -> None:
+        self._out.send_to(session, Waiting(reason=clip(self._plan.waiting_for())))
+        if self._plan.complete:
+            self._out.send_to(session, self._plan.assignment(session))
+        if self._verdict is not None:
+            self._out.send_to(session, self._verdict)
+
+    # Small things.
 
     def _finish(self, reason: str) -> None:
         if not self._finished:
             self._finished = True
-            self._out.append(Finish(reason))
-
-    # Small things.
-
-    def _refuse(self, reason: str | None) -> bool:
-        if reason is not None:
-            self._out.append(Refuse(reason))
-        return reason is not None
-
-    def _known(self, peer: bytes) -> bool:
-        return peer in self._launchers or self._roster.of_peer(peer) is not None
-
-    def _all_left(self) -> bool:
-        return self._ring.formed and all(worker.phase is Phase.LEFT for worker in self._ring.members)
+            self._out.finish(reason)
 
     def _may_have_failed(self, blamed: int, by: Worker) -> bool:
         """Whether that worker's end may explain this one's. Of one that left in order, it does not."""
@@ -469,25 +456,6 @@ class Quorum:
     def _host(self, worker: Worker) -> str:
         return worker.host or self._plan.host_of(worker.worker_id) or "an unknown host"
 
-    def _send(self, peer: bytes, message: ToWorker | ToLauncher) -> None:
-        self._out.append(Send(peer, message))
-
-    def _tell(self, worker: Worker, message: ToWorker) -> None:
-        if worker.peer is not None and worker.exited is None:
-            self._send(worker.peer, message)
-
-    def _tell_members(self, message: ToWorker, but: Worker | None = None) -> None:
-        for worker in self._ring.members:
-            if worker is not but:
-                self._tell(worker, message)
-
-    def _tell_launchers(self, message: ToLauncher) -> None:
-        for peer in self._present_launchers():
-            self._send(peer, message)
-
-    def _present_launchers(self) -> tuple[bytes, ...]:
-        return tuple(peer for peer in self._plan.launchers if peer in self._launchers)
-
     def _tell_step(self, now_s: float, *, at_once: bool = False) -> None:
         """Report the newest step, seldom more often than once in `STEP_EVENT_INTERVAL_S`."""
         due = at_once or now_s - self._step_told_s >= STEP_EVENT_INTERVAL_S
@@ -496,4 +464,4 @@ class Quorum:
             self._emit("step_committed", step=self._step, generation=self._ring.number)
 
     def _emit(self, event: str, **details: Any) -> None:
-        self._out.append(Emit({"event": event, **details}, self._present_launchers()))
+        self._out.emit(self._plan.launchers, event, **details)

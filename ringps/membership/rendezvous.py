@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import time
 from typing import Any, TypeVar
 
@@ -42,8 +43,7 @@ class Rendezvous:
             RefusedError: it said no.
             PeerLostError: the ring has lost a worker already.
         """
-        self._channel.open()
-        self._channel.send(hello)
+        self._channel.open(hello)
         now_s = time.monotonic()
         self._deadline_s = now_s + self._timeouts.rendezvous_timeout_s
         try:
@@ -90,6 +90,11 @@ class Rendezvous:
                     raise lost_error(found)
             if isinstance(found, answer):
                 return found
+
+
+def new_session() -> str:
+    """A random name for this process towards the coordinator, hard to guess for all others."""
+    return secrets.token_hex(16)
 
 
 def lost_error(lost: Lost) -> PeerLostError:

@@ -39,7 +39,8 @@ class Worker:
 
     worker_id: int
     phase: Phase = Phase.AWAITED
-    peer: bytes | None = None
+    session: str = ""
+    """Of the process that said hello; "" before."""
     host: str = ""
     pid: int = 0
     rank: int | None = None
@@ -58,11 +59,11 @@ class Worker:
 
 
 class Roster:
-    """Workers by id and by peer. Only ids below the world size are ever asked for."""
+    """Workers by id and by session. Only ids below the world size are ever asked for."""
 
     def __init__(self) -> None:
         self._workers: dict[int, Worker] = {}
-        self._peers: dict[bytes, Worker] = {}
+        self._sessions: dict[str, Worker] = {}
 
     def __getitem__(self, worker_id: int) -> Worker:
         return self._workers.setdefault(worker_id, Worker(worker_id))
@@ -70,19 +71,20 @@ class Roster:
     def __contains__(self, worker_id: int) -> bool:
         return worker_id in self._workers
 
-    def of_peer(self, peer: bytes) -> Worker | None:
-        """The worker that said hello from this peer."""
-        return self._peers.get(peer)
+    def of_session(self, session: str | None) -> Worker | None:
+        """The worker that said hello with this session."""
+        return None if session is None else self._sessions.get(session)
 
     def greeted(self) -> Iterable[Worker]:
         """Everybody who said hello, in the order of arrival."""
-        return self._peers.values()
+        return self._sessions.values()
 
-    def admit(self, peer: bytes, hello: Hello) -> Worker:
+    def admit(self, hello: Hello) -> Worker:
         """A worker said hello."""
         worker = self[hello.worker_id]
-        worker.phase, worker.peer, worker.host, worker.pid = Phase.WAITING, peer, hello.host, hello.pid
-        self._peers[peer] = worker
+        worker.phase, worker.session = Phase.WAITING, hello.session
+        worker.host, worker.pid = hello.host, hello.pid
+        self._sessions[hello.session] = worker
         return worker
 
     def taken(self, worker_id: int) -> str | None:
@@ -90,7 +92,7 @@ class Roster:
         worker = self._workers.get(worker_id)
         if worker is None or worker.phase is Phase.AWAITED:
             return None
-        return f"process {worker.pid} on {worker.host}" if worker.peer else "a process that has exited"
+        return f"process {worker.pid} on {worker.host}" if worker.session else "a process that has exited"
 
     def count(self, *phases: Phase) -> int:
         """How many workers are in one of these phases."""

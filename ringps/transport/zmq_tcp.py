@@ -75,6 +75,7 @@ class ZmqTcpListener:
         self._pull.rcvhwm = exchange.send_queue_chunks
         self._pull.maxmsgsize = max(exchange.chunk_bytes, HEADER_BYTES) + _CURVE_OVERHEAD_BYTES
         self._pull.zap_domain = _DOMAIN
+        self._pull.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody may come in where nobody answers
         if encrypt:
             token.secure_server(self._pull)
         else:

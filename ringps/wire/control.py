@@ -37,6 +37,7 @@ from ringps.wire.rules import (
     Reason,
     Rule,
     Seat,
+    Session,
     WorkerId,
     WorldSize,
     listing,
@@ -76,6 +77,9 @@ class Hello:
     pid: Pid
     generation: Number
     """The last generation that this worker was a member of; 0 for none."""
+    session: Session = field(repr=False)
+    """Drawn at random by the sender; known to nobody else, it proves that a new connection or a
+    heartbeat is the same process's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +133,7 @@ class Beat:
     """A worker is alive. `count` grows with every beat, so that none can be replayed."""
 
     worker_id: WorkerId
+    session: Session = field(repr=False)
     generation: Number
     step: Number
     count: Number
@@ -146,6 +151,8 @@ class LauncherHello:
     slots: WorldSize
     master_port: Port
     encrypt_data: Flag
+    session: Session = field(repr=False)
+    """As in `Hello`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

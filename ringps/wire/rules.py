@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 128
 MAX_COUNT = 2**53
 
 _Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
+_HEX = frozenset("0123456789abcdef")
 
 
 class Invalid(Exception):
@@ -70,6 +71,13 @@ def key_half(value: Any) -> str:
     """One half of a CURVE key pair."""
     if type(value) is not str or len(value) != 40 or not _Z85.issuperset(value):
         raise Invalid("not 40 Z85 characters")
+    return value
+
+
+def session(value: Any) -> str:
+    """A random 128-bit number in hexadecimal."""
+    if type(value) is not str or len(value) != 32 or not _HEX.issuperset(value):
+        raise Invalid("not 32 hexadecimal digits")
     return value
 
 
@@ -153,3 +161,4 @@ Name = Annotated[str, name]
 Call = Annotated[str, text(0, MAX_CALL_BYTES)]
 Reason = Annotated[str, text(0, MAX_REASON_BYTES, lines=True)]
 KeyHalf = Annotated[str, key_half]
+Session = Annotated[str, session]

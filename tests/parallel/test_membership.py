@@ -46,6 +46,7 @@ from ringps.worker_env import WorkerEnv
 
 T = TypeVar("T")
 PATIENCE_S = 30.0
+SESSION = "0123456789abcdef" * 2
 TIMEOUTS = Timeouts(
     connect_timeout_s=20.0,
     rendezvous_timeout_s=20.0,
@@ -157,7 +158,6 @@ class Stranger:
 
     def __init__(self, site: Site) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = site.stack.enter_context(zmq.Context())
-        self._peer_id = b"\x01" + os.urandom(8)
         self._key = site.key
         self.control = self._socket()
         self.control.connect(f"tcp://{site.address}")
@@ -167,7 +167,6 @@ class Stranger:
 
     def _socket(self) -> zmq.Socket[bytes]:
         made = self._context.socket(zmq.DEALER)
-        made.routing_id = self._peer_id
         made.linger = 0
         made.rcvtimeo = int(PATIENCE_S * 1000)
         if self._key is not None:
@@ -192,7 +191,7 @@ class Stranger:
 
 
 def hello(worker_id: int) -> Hello:
-    return Hello(worker_id=worker_id, host="elsewhere", pid=1, generation=0)
+    return Hello(worker_id=worker_id, host="elsewhere", pid=1, generation=0, session=SESSION)
 
 
 def eventually(check: Callable[[], bool]) -> None:
@@ -318,7 +317,7 @@ class TestLoss:
         frozen = Stranger(site)
         frozen.say(hello(1))
         port = frozen.hear(Welcome).heartbeat_port
-        frozen.beat(port, Beat(worker_id=1, generation=0, step=0, count=1))
+        frozen.beat(port, Beat(worker_id=1, session=SESSION, generation=0, step=0, count=1))
         frozen.hear(Prepare)
         with pytest.raises(PeerLostError, match=r"no heartbeat for 1\.5 s"):
             joining.result(PATIENCE_S)
@@ -552,6 +551,44 @@ class TestWithoutTheCoordinator:
             joining.result(PATIENCE_S)
 
 
+def test_a_bug_in_the_coordinator_is_reported_and_survived(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = site.serve(1)
+    handle = coordinator._quorum.handle
+    bugs = iter([RuntimeError("a bug")])
+
+    def stumble(event: Any, now_s: float) -> Any:
+        for bug in bugs:
+            raise bug
+        return handle(event, now_s)
+
+    monkeypatch.setattr(coordinator._quorum, "handle", stumble)
+    eventually(lambda: coordinator.statistics().internal_errors == 1)
+    site.join(site.worker(0))
+    assert site.events[0]["event"] == "coordinator_error"
+    assert site.events[0]["reason"] == "RuntimeError: a bug"
+    found = capfd.readouterr().err
+    assert "internal error in the coordinator" in found and "Traceback" in found
+
+
+def test_an_event_callback_that_raises_does_not_cost_the_ring(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = site.serve(1)
+
+    def stumble(event: dict[str, Any]) -> None:
+        raise OSError("disk full")
+
+    coordinator._on_event = stumble
+    link = site.worker(0)
+    site.join(link)
+    link.leave(0)
+    assert coordinator.wait(PATIENCE_S)
+    assert coordinator.statistics().internal_errors == 1
+    assert "disk full" in capfd.readouterr().err
+
+
 def test_launchers_settle_without_a_world_size(site: Site) -> None:
     coordinator = site.serve(None, settle_s=0.5)
     heard: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue(), queue.SimpleQueue()]
@@ -571,7 +608,7 @@ def test_launchers_settle_without_a_world_size(site: Site) -> None:
 
 
 def test_a_connection_that_breaks_is_made_again(site: Site) -> None:
-    """Through a proxy whose connections are cut: the same worker goes on under the same peer id."""
+    """Through a proxy whose connections are cut: the worker is recognised when it comes back."""
     coordinator = site.serve(2)
     with Proxy(site.address) as proxy:
         ears = [Ear(), Ear()]

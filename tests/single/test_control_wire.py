@@ -55,15 +55,22 @@ from ringps.wire.control import (
 from ringps.wire.rules import MAX_WORKERS, Seat
 
 EXAMPLES: tuple[Message, ...] = (
-    Hello(worker_id=3, host="node-a", pid=4711, generation=0),
+    Hello(worker_id=3, host="node-a", pid=4711, generation=0, session="0123456789abcdef" * 2),
     Bound(generation=1, address="tcp://10.0.0.1:5555"),
     Ask(),
     Dispute(generation=1, sequence=17),
     CallReport(generation=1, sequence=17, call="all_reduce(1048576 x float32, sum)"),
     Leaving(generation=1, completed=100),
     Failing(reason="ValueError: Größe\n  in line 2", blames=None),
-    Beat(worker_id=3, generation=1, step=9, count=40),
-    LauncherHello(host="node-a", address="10.0.0.1", slots=4, master_port=29500, encrypt_data=True),
+    Beat(worker_id=3, session="0123456789abcdef" * 2, generation=1, step=9, count=40),
+    LauncherHello(
+        host="node-a",
+        address="10.0.0.1",
+        slots=4,
+        master_port=29500,
+        encrypt_data=True,
+        session="0123456789abcdef" * 2,
+    ),
     LauncherLeaving(),
     WorkerExited(worker_id=3, code=137, reason="process killed by signal 9 (SIGKILL)"),
     Welcome(heartbeat_port=4243),
@@ -100,8 +107,8 @@ _PHRASES = (
     "empty frame|frame too long|not msgpack within limits|not an envelope|other protocol version|"
     "unknown message|message not expected here|[A-Za-z]+: wrong set of fields|"
     r"[A-Za-z]+\.[a-z_]+: (not a whole number|out of range|not a truth value|not text|not UTF-8|"
-    "wrong length|control character|not 40 Z85 characters|not a list|not a seat|not finite|"
-    "nested too deep|not plain data|not a map)"
+    "wrong length|control character|not 40 Z85 characters|not 32 hexadecimal digits|not a list|"
+    "not a seat|not finite|nested too deep|not plain data|not a map)"
 )
 
 STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
@@ -115,6 +122,7 @@ STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
     rules.Name: st.text(min_size=1, max_size=20).map(lambda text: clip_line(text) or "-"),
     rules.Call: st.text(max_size=20).map(lambda text: clip_line(text, 240)),
     rules.Reason: st.text(max_size=40).map(clip),
+    rules.Session: st.text(alphabet="0123456789abcdef", min_size=32, max_size=32),
     rules.KeyHalf: st.text(alphabet=sorted(rules._Z85), min_size=40, max_size=40),
 }
 
@@ -286,8 +294,10 @@ def test_not_finite_numbers_are_refused() -> None:
     assert refusal(of(JobEvent(event={}), event={"t": float("nan")})) == "JobEvent.event: not finite"
 
 
-def test_the_secret_does_not_show() -> None:
-    assert "s" * 40 not in repr(EXAMPLES[14])
+def test_secrets_do_not_show() -> None:
+    shown = "".join(map(repr, EXAMPLES))
+    assert "s" * 40 not in shown
+    assert "0123456789abcdef" not in shown
 
 
 @given(st.text(alphabet=st.characters(), max_size=500), st.integers(10, 100))

@@ -59,6 +59,11 @@ TICK_S = 0.1
 TIMEOUTS = Timeouts(heartbeat_timeout_s=3.0, inquiry_timeout_s=2.0, shutdown_timeout_s=5.0)
 
 
+def session_of(peer: str) -> str:
+    """The session of the process behind a peer."""
+    return peer.encode().hex().rjust(32, "0")
+
+
 class Job:
     """A quorum and everybody who talks to it. Peer ids are `w0`, `w1`... and `l0`, `l1`..."""
 
@@ -86,11 +91,17 @@ class Job:
 
     def beat(self, worker_id: int, *, step: int = 0, generation: int = 0, peer: str | None = None) -> None:
         self.counts[worker_id] = self.counts.get(worker_id, 0) + 1
-        beat = Beat(worker_id=worker_id, generation=generation, step=step, count=self.counts[worker_id])
-        self.beat_again(peer or f"w{worker_id}", beat)
+        beat = Beat(
+            worker_id=worker_id,
+            session=session_of(peer or f"w{worker_id}"),
+            generation=generation,
+            step=step,
+            count=self.counts[worker_id],
+        )
+        self.beat_again(beat)
 
-    def beat_again(self, peer: str, beat: Beat) -> None:
-        self._take(self.quorum.handle(Beaten(peer.encode(), beat), self.now_s))
+    def beat_again(self, beat: Beat) -> None:
+        self._take(self.quorum.handle(Beaten(beat), self.now_s))
 
     def sleep(self, duration_s: float) -> None:
         """Time goes by in ticks, in which those in `beating` beat."""
@@ -122,19 +133,25 @@ class Job:
         return [to for to, message in self.sent if isinstance(message, kind)]
 
     def hello(self, worker_id: int, *, host: str = "node-a", peer: str | None = None) -> None:
-        message = Hello(worker_id=worker_id, host=host, pid=1000 + worker_id, generation=0)
-        self.say(peer or f"w{worker_id}", message)
+        peer = peer or f"w{worker_id}"
+        message = Hello(
+            worker_id=worker_id, host=host, pid=1000 + worker_id, generation=0, session=session_of(peer)
+        )
+        self.say(peer, message)
         self.beating.add(worker_id)
 
-    def launch(self, index: int, slots: int, *, host: str | None = None, encrypt: bool = False) -> None:
+    def launch(
+        self, index: int, slots: int, *, host: str | None = None, encrypt: bool = False, peer: str = ""
+    ) -> None:
         message = LauncherHello(
             host=host or f"node-{index}",
             address=f"10.0.0.{index}",
             slots=slots,
             master_port=29500 + index,
             encrypt_data=encrypt,
+            session=session_of(f"l{index}"),
         )
-        self.say(f"l{index}", message)
+        self.say(peer or f"l{index}", message)
 
     def bind(self, worker_id: int) -> None:
         self.say(f"w{worker_id}", Bound(generation=1, address=f"tcp://10.0.0.{worker_id}:1"))
@@ -294,6 +311,55 @@ class TestForming:
         assert not job.sent
 
 
+class TestComingBack:
+    """A process whose connection broke says hello from another peer id."""
+
+    def test_a_worker_is_told_again_what_concerns_it(self) -> None:
+        job = formed()
+        job.say("w2", Leaving(generation=1, completed=5))
+        job.sent.clear()
+        hello = Hello(worker_id=1, host="node-a", pid=1001, generation=0, session=session_of("w1"))
+        job.say("new", hello)
+        assert [type(message) for _, message in job.sent] == [Welcome, Prepare, Form, Left]
+        assert {to for to, _ in job.sent} == {"new"}
+        assert not job.refused
+        job.say("w1", Leaving(generation=1, completed=5))  # what was under way on the old connection
+        assert job.refused == ["peer is no part of this job"]
+        job.say("new", Leaving(generation=1, completed=5))
+        assert job.quorum.members == 1
+
+    def test_a_worker_that_missed_a_loss_hears_of_it(self) -> None:
+        job = formed(launcher=True)
+        job.exit(2, 137)
+        job.sent.clear()
+        job.say("new", Hello(worker_id=1, host="node-a", pid=1001, generation=0, session=session_of("w1")))
+        assert job.heard("new", Lost)[0].worker_id == 2
+
+    def test_a_worker_that_missed_the_end_hears_of_it(self) -> None:
+        job = formed(1)
+        job.say("w0", Leaving(generation=1, completed=5))
+        job.sent.clear()
+        job.say("new", Hello(worker_id=0, host="node-a", pid=1001, generation=0, session=session_of("w0")))
+        assert job.told(AllLeft) == ["new"]
+
+    def test_a_launcher_is_told_again_what_concerns_it(self) -> None:
+        job = formed(launcher=True)
+        job.exit(1, 137)
+        job.sent.clear()
+        job.launch(0, 3, host="node-a", peer="new")
+        assert [type(message) for _, message in job.sent] == [Waiting, Assignment, JobFailed]
+        assert {to for to, _ in job.sent} == {"new"}
+        assert not job.refused
+        job.exit(0, 0)
+        assert job.refused == ["peer is no part of this job"]
+
+    def test_a_session_belongs_to_one_worker(self) -> None:
+        job = Job(3)
+        job.hello(0)
+        job.say("x", Hello(worker_id=1, host="node-a", pid=1, generation=0, session=session_of("w0")))
+        assert job.refused == ["session taken"]
+
+
 class TestLosing:
     def test_an_exit_is_announced_to_all_others_at_once(self) -> None:
         job = formed(launcher=True)
@@ -420,9 +486,9 @@ class TestHeartbeats:
         job = formed()
         job.sleep(0.5)
         job.beating.remove(1)
-        replayed = Beat(worker_id=1, generation=1, step=0, count=job.counts[1])
+        replayed = Beat(worker_id=1, session=session_of("w1"), generation=1, step=0, count=job.counts[1])
         for _ in range(40):
-            job.beat_again("w1", replayed)
+            job.beat_again(replayed)
             job.sleep(0.1)
         assert job.refused == ["heartbeat replayed"] * 31 + ["heartbeat of a worker that is gone"] * 9
         assert job.heard("w0", Lost)[0].worker_id == 1
@@ -746,8 +812,17 @@ class TestPlan:
 
     def test_the_number_of_launchers_is_bounded(self) -> None:
         plan = JobPlan(None, 1.0)
-        hello = LauncherHello(host="a", address="a", slots=1, master_port=1, encrypt_data=False)
-        answers = [plan.offer(str(number).encode(), hello, 0.0) for number in range(1100)]
+        answers = []
+        for number in range(1100):
+            hello = LauncherHello(
+                host="a",
+                address="a",
+                slots=1,
+                master_port=1,
+                encrypt_data=False,
+                session=session_of(str(number)),
+            )
+            answers.append(plan.offer(hello, 0.0))
         assert answers.count(None) == 1024
 
 
@@ -767,7 +842,10 @@ PEERS = ("w0", "w1", "w2", "l0", "l1", "x")
 
 def _words() -> Iterable[Message]:
     for worker_id in range(4):
-        yield Hello(worker_id=worker_id, host=f"node-{worker_id % 2}", pid=worker_id, generation=0)
+        for session in (session_of(f"w{worker_id}"), session_of("x")):
+            yield Hello(
+                worker_id=worker_id, host=f"node-{worker_id % 2}", pid=1, generation=0, session=session
+            )
         for code in (0, 1, 137):
             yield WorkerExited(worker_id=worker_id, code=code, reason=f"exit {code}")
         yield Failing(reason="blames", blames=worker_id)
@@ -777,7 +855,14 @@ def _words() -> Iterable[Message]:
         yield CallReport(generation=generation, sequence=1, call="call")
         yield Leaving(generation=generation, completed=generation)
     for slots in (1, 2, 3):
-        yield LauncherHello(host="a", address="a", slots=slots, master_port=1, encrypt_data=False)
+        yield LauncherHello(
+            host="a",
+            address="a",
+            slots=slots,
+            master_port=1,
+            encrypt_data=False,
+            session=session_of(f"l{slots % 2}"),
+        )
     yield Failing(reason="own fault", blames=None)
     yield LauncherLeaving()
     yield Ask()
@@ -786,15 +871,13 @@ def _words() -> Iterable[Message]:
 WORDS = tuple(_words())
 STEPS = st.one_of(
     st.tuples(st.sampled_from(PEERS), st.sampled_from(WORDS)),
-    st.tuples(
-        st.sampled_from(PEERS),
-        st.builds(
-            Beat,
-            worker_id=st.integers(0, 3),
-            generation=st.integers(0, 2),
-            step=st.integers(0, 9),
-            count=st.integers(0, 30),
-        ),
+    st.builds(
+        Beat,
+        worker_id=st.integers(0, 3),
+        session=st.sampled_from(PEERS).map(session_of),
+        generation=st.integers(0, 2),
+        step=st.integers(0, 9),
+        count=st.integers(0, 30),
     ),
     st.floats(0.01, 2.0),
     # What a ring that forms would say next, so that most runs get somewhere.
@@ -816,8 +899,8 @@ def _play(job: Job, step: Any) -> None:
         case "launch":
             job.launch(0, 2)
             job.launch(1, 1)
-        case (peer, Beat() as beat):
-            job.beat_again(peer, beat)
+        case Beat():
+            job.beat_again(step)
         case (peer, message):
             job.say(peer, message)
 
