@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ringps.collectives.functions import (
+        all_gather,
+        all_reduce,
+        barrier,
+        broadcast,
+        generation,
+        local_rank,
+        rank,
+        reduce_scatter,
+        worker_id,
+        world_size,
+    )
     from ringps.config import Config, Exchange, Timeouts
     from ringps.errors import (
         AddressInUseError,
@@ -31,21 +43,7 @@ if TYPE_CHECKING:
         SetupError,
     )
     from ringps.optim import DistributedOptimizer
-    from ringps.runtime import (
-        ElasticBatchSampler,
-        all_gather,
-        all_reduce,
-        barrier,
-        broadcast,
-        generation,
-        init,
-        local_rank,
-        rank,
-        reduce_scatter,
-        shutdown,
-        worker_id,
-        world_size,
-    )
+    from ringps.runtime import ElasticBatchSampler, init, shutdown
 
 __all__ = [
     "AddressInUseError",
@@ -85,6 +83,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Config", "Exchange", "Timeouts"), "ringps.config"),
+    **dict.fromkeys(("ElasticBatchSampler", "init", "shutdown"), "ringps.runtime"),
     "DistributedOptimizer": "ringps.optim",
     **{name: "ringps.errors" for name in __all__ if name.endswith("Error")},
 }
@@ -93,7 +92,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'ringps' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, "ringps.runtime")), name)
+    value = getattr(import_module(_HOMES.get(name, "ringps.collectives.functions")), name)
     globals()[name] = value  # the next use does not come here
     return value
 

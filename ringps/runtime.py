@@ -1,7 +1,6 @@
 """The composition root: puts a worker's parts together and takes them apart again.
 
-The only module that knows of all rooms. The functions here are the public API (`ringps.init()`
-and so on); each acts on the one ring that this process belongs to.
+The only module that knows of all rooms.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ringps import worker_env
-from ringps.collectives import Communicator, Handle, current, use
+from ringps.collectives import Communicator, current, use
 from ringps.collectives.engine import Engine
 from ringps.config import Config
 from ringps.data import sampler
@@ -63,7 +60,6 @@ class _Ring:
     communicator: Communicator
     engine: Engine
     link: WorkerLink | None
-    local_rank: int
     pid: int
 
 
@@ -116,74 +112,6 @@ def shutdown() -> None:
         _take_apart(ring)
 
 
-def rank() -> int:
-    """This worker's position in the ring, 0 to world_size - 1; may change with the generation."""
-    return current().rank
-
-
-def world_size() -> int:
-    """Number of workers in the ring."""
-    return current().world_size
-
-
-def local_rank() -> int:
-    """This worker's position among those of its machine."""
-    current()
-    return _ring.local_rank if _ring is not None else 0
-
-
-def generation() -> int:
-    """Number of the current membership; grows with every change, 1 is the first."""
-    return current().generation.number
-
-
-def worker_id() -> int:
-    """This worker's number, which it keeps for the whole job."""
-    view = current().generation
-    return view.members[view.rank].worker_id
-
-
-def all_reduce(tensor: torch.Tensor, op: str = "sum", async_op: bool = False) -> Handle | None:
-    """Combine a CPU tensor over all ranks in place; see `Communicator.all_reduce`.
-
-    Args:
-        tensor: any shape and strides; float, integer, or (min and max) bool.
-        op: "sum", "mean", "min", "max" or "prod".
-        async_op: return a `Handle` at once; the tensor is the ring's until `Handle.wait` returns.
-
-    Raises:
-        ValueError: a tensor or op that cannot be reduced.
-        RingBrokenError, CollectiveError, ClosedError: no result; the contents are undefined.
-    """
-    return current().all_reduce(tensor, op, async_op)
-
-
-def reduce_scatter(
-    output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
-) -> Handle | None:
-    """Combine `input` over all ranks; rank i gets the i-th of world_size equal slices in `output`.
-
-    Arguments and errors as for `all_reduce`; `input` is only read.
-    """
-    return current().reduce_scatter(output, input, op, async_op)
-
-
-def all_gather(output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Handle | None:
-    """Concatenate all ranks' `input`, any dtype, in rank order in `output`, which is world_size
-    times as large. Errors as for `all_reduce`."""
-    return current().all_gather(output, input, async_op)
-
-
-def broadcast(tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
-    """Give every rank the values of rank `src`, any dtype, in place. Errors as for `all_reduce`."""
-    return current().broadcast(tensor, src, async_op)
-
-
-def barrier() -> None:
-    """Return when every rank has called it. Errors as for `all_reduce`."""
-    current().barrier()
-
-
 class ElasticBatchSampler(sampler.ElasticBatchSampler):
     """This rank's share of each global batch; see `ringps.data.sampler.ElasticBatchSampler`."""
 
@@ -202,7 +130,7 @@ class ElasticBatchSampler(sampler.ElasticBatchSampler):
             seed,
             shuffle=shuffle,
             drop_last=drop_last,
-            place=lambda: (rank(), world_size()),
+            place=lambda: (current().rank, current().world_size),
         )
 
 
@@ -210,7 +138,7 @@ def _alone(config: Config) -> _Ring:
     member = Member(worker_id=0, host=socket.gethostname(), address="", pid=os.getpid())
     view = Generation(number=1, members=(member,), rank=0)
     engine = Engine(view, None, config.timeouts, None)
-    return _Ring(Communicator(view, engine, config.exchange), engine, None, 0, os.getpid())
+    return _Ring(Communicator(view, engine, config.exchange), engine, None, os.getpid())
 
 
 def _join(env: WorkerEnv, config: Config) -> _Ring:
@@ -238,7 +166,7 @@ def _join(env: WorkerEnv, config: Config) -> _Ring:
     if view.rank == 0:
         _announce(view.members, config)
     communicator = Communicator(view, engine, config.exchange, on_step=link.report_step)
-    return _Ring(communicator, engine, link, env.local_rank, os.getpid())
+    return _Ring(communicator, engine, link, os.getpid())
 
 
 def _announce(members: Sequence[Member], config: Config) -> None:
@@ -279,7 +207,6 @@ def _give_up(link: WorkerLink, error: BaseException) -> None:
     """Let the others know why this worker ends, and whose fault it is if not its own."""
     blames = error.blames if isinstance(error, RingBrokenError) else None
     link.fail(f"{type(error).__name__}: {error}", blames)
-    link.close()
 
 
 def _forget() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-
 _CHUNKS_PER_SLICE = 4
 _LEAST_CHUNK_BYTES = 256 * 1024
 

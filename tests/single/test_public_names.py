@@ -50,7 +50,7 @@ def test_type_checkers_see_the_same_names() -> None:
         for alias in node.names
     }
     assert set(imports) == set(ringps.__all__) - {"__version__"}
-    homes = {name: ringps._HOMES.get(name, "ringps.runtime") for name in imports}
+    homes = {name: ringps._HOMES.get(name, "ringps.collectives.functions") for name in imports}
     assert imports == homes
 
 
