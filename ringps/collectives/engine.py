@@ -14,7 +14,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ringps.collectives.call import Call, disagreement
 from ringps.collectives.handle import Handle
@@ -103,7 +103,8 @@ class Engine:
         self._to_start: deque[tuple[int, RingOperation]] = deque()
         self._running: deque[tuple[int, RingOperation]] = deque()
         self._newest_started = 0
-        self._outbox: deque[tuple[int, RingOperation, Outgoing]] = deque()
+        self._outbox: deque[_Letter] = deque()
+        self._room = True
         self._tickets: dict[int, list[Ticket]] = {}
         self._held: tuple[ChunkHeader, Frame] | None = None
         self._completed = 0
@@ -231,6 +232,7 @@ class Engine:
             self._notices.popleft()()
         if self._error is not None:
             return
+        self._room = True
         self._start_operations()
         self._flush()
         progress = self._receive()
@@ -267,28 +269,30 @@ class Engine:
             self._tickets[sequence] = []
             self._newest_started = sequence
             for outgoing in operation.first_sends():
-                self._outbox.append((sequence, operation, outgoing))
+                self._queue(sequence, operation, outgoing)
+
+    def _queue(self, sequence: int, operation: RingOperation, outgoing: Outgoing) -> None:
+        header = ChunkHeader(
+            generation=self._generation.number,
+            sequence=sequence,
+            signature=operation.call.signature,
+            sender=self._generation.rank,
+            step=outgoing.step,
+            chunk=outgoing.chunk,
+            payload_bytes=outgoing.payload.nbytes,
+        )
+        self._outbox.append(_Letter(sequence, encode(header), outgoing.payload, outgoing.borrowed))
 
     def _flush(self) -> None:
         assert self._transport is not None
-        while self._outbox:
-            sequence, operation, outgoing = self._outbox[0]
-            header = encode(
-                ChunkHeader(
-                    generation=self._generation.number,
-                    sequence=sequence,
-                    signature=operation.call.signature,
-                    sender=self._generation.rank,
-                    step=outgoing.step,
-                    chunk=outgoing.chunk,
-                    payload_bytes=outgoing.payload.nbytes,
-                )
-            )
-            ticket = self._transport.send(header, outgoing.payload)
+        while self._outbox and self._room:
+            letter = self._outbox[0]
+            ticket = self._transport.send(letter.header, letter.payload)
             if ticket is None:
+                self._room = False
                 return
-            if outgoing.borrowed:
-                self._tickets[sequence].append(ticket)
+            if letter.borrowed:
+                self._tickets[letter.sequence].append(ticket)
             self._outbox.popleft()
             self._last_progress_s = self._clock()
 
@@ -352,14 +356,14 @@ class Engine:
             self._refuse(error.reason)
             return False
         if outgoing is not None:
-            self._outbox.append((header.sequence, operation, outgoing))
+            self._queue(header.sequence, operation, outgoing)
         return True
 
     def _complete(self) -> Ticket | None:
         """End what is done. Returns a ticket that must settle before more can end, or None."""
         while self._running and self._running[0][1].machine.done:
             sequence, operation = self._running[0]
-            if self._outbox and self._outbox[0][0] <= sequence:
+            if self._outbox and self._outbox[0].sequence <= sequence:
                 return None
             # Start the next one first: its sends keep the wire busy while these tickets settle.
             self._start_operations()
@@ -473,6 +477,15 @@ class Engine:
             self._waiting.clear()
         for operation in waiting:
             operation.handle._settle(self._error)
+
+
+class _Letter(NamedTuple):
+    """A frame that waits to be sent."""
+
+    sequence: int
+    header: bytes
+    payload: memoryview
+    borrowed: bool
 
 
 @dataclass(frozen=True)
