@@ -35,6 +35,8 @@ from ringps.transport.base import Frame, Ticket, Transport, TransportStatistics
 from ringps.wire.header import ChunkHeader, decode, encode
 
 _FRAMES_PER_TURN = 32
+_FARTHEST_AHEAD = 1 << 20
+"""More collectives than the frames of which fit into a link's queues."""
 _CALLS_REMEMBERED = 256
 _IDLE_S = 60.0
 _EXPLANATION_S = 0.5
@@ -325,6 +327,8 @@ class Engine:
             raise FrameError("other generation")
         if header.sender != self._generation.left:
             raise FrameError("not from the left neighbour")
+        if header.sequence > self._newest_started + _FARTHEST_AHEAD:
+            raise FrameError("too far ahead")
         if header.payload_bytes != frame.payload.nbytes:
             raise FrameError("payload length")
         return header

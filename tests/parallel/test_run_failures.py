@@ -54,14 +54,18 @@ def test_a_killed_worker_ends_the_others_and_is_named(tmp_path: Path) -> None:
 
 
 def test_the_others_have_time_to_raise_their_own_errors(tmp_path: Path) -> None:
-    marker = tmp_path / "failed"
     program = script(
         tmp_path,
         f"""
+        os.chdir({str(tmp_path)!r})
         if RANK == 0:
-            open({str(marker)!r}, "w").close()
+            open("part", "w").write(str(os.getpid()))
+            os.rename("part", "pid")
             sys.exit(3)
-        while not os.path.exists({str(marker)!r}):
+        while not os.path.exists("pid"):
+            time.sleep(0.01)
+        pid = int(open("pid").read())
+        while os.path.exists(f"/proc/{{pid}}"):
             time.sleep(0.01)
         raise RuntimeError("rank 0 is gone")
         """,

@@ -29,9 +29,11 @@ signal.pause()
 
 
 @contextlib.contextmanager
-def coordinator(key: Path, *arguments: str | Path) -> Iterator[tuple[Ringps, str]]:
-    """A running `ringps coordinator` on loopback, and its address."""
-    with start("coordinator", "--bind", "127.0.0.1:0", "--key-file", key, *arguments) as command:
+def coordinator(
+    key: Path, *arguments: str | Path, bind: str = "127.0.0.1:0", within: tuple[str, ...] = ()
+) -> Iterator[tuple[Ringps, str]]:
+    """A running `ringps coordinator`, which has written its key, and its address."""
+    with start("coordinator", "--bind", bind, "--key-file", key, *arguments, within=within) as command:
         yield command, command.expect("listens on").split()[-1]
 
 
@@ -282,15 +284,12 @@ def test_torch_distributed_over_two_network_namespaces(tmp_path: Path, cable: tu
     )
     bind, environ = "10.77.0.1:4700", {"GLOO_SOCKET_IFNAME": "cable"}
     options = ("--join", bind, "--key-file", key, program)
-    with start(
-        *("coordinator", "--bind", bind, "--key-file", key, "-n", "3"), within=inside(cable[0])
-    ) as service:
-        service.expect("listens on")
-        with (
-            start("run", "-n", "2", *options, environ=environ, within=inside(cable[0])) as left,
-            start("run", "-n", "1", *options, environ=environ, within=inside(cable[1])) as right,
-        ):
-            a, b = left.finish(), right.finish()
+    with (
+        coordinator(key, "-n", "3", bind=bind, within=inside(cable[0])) as (service, _),
+        start("run", "-n", "2", *options, environ=environ, within=inside(cable[0])) as left,
+        start("run", "-n", "1", *options, environ=environ, within=inside(cable[1])) as right,
+    ):
+        a, b = left.finish(), right.finish()
         assert service.finish().code == 0
     assert (a.code, b.code) == (0, 0), (a, b)
     assert [line[4:] for line in a.out.splitlines()] == ["sum 6.0 at 10.77.0.1"] * 2
@@ -302,9 +301,7 @@ def test_a_worker_that_dies_in_another_network_namespace(tmp_path: Path, cable: 
     bind = "10.77.0.1:4700"
     options = ("run", "-n", "1", "--join", bind, "--key-file", key)
     with (
-        start(
-            *("coordinator", "--bind", bind, "--key-file", key, "-n", "2"), within=inside(cable[0])
-        ) as service,
+        coordinator(key, "-n", "2", bind=bind, within=inside(cable[0])) as (service, _),
         start(*options, "--host", "here", program, within=inside(cable[0])) as left,
         start(*options, "--host", "there", program, within=inside(cable[1])) as right,
     ):

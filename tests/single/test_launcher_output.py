@@ -18,7 +18,6 @@ def test_a_sink_never_blocks_and_tells_when_its_reader_is_slow() -> None:
     reader, writer = os.pipe()
     sink = Sink(writer)
     stream = Stream(0, sink, coloured=True)
-    assert not stream.stalled
     text = b"x" * 99 + b"\n"
     while not stream.stalled:
         stream.feed(text)
@@ -119,7 +118,7 @@ def test_addresses() -> None:
         with pytest.raises(ValueError, match="HOST:PORT"):
             parse_address(text)
     assert address_towards("127.0.0.1", 4700) == "127.0.0.1"
-    with pytest.raises(SetupError, match="cannot reach no.such.host.invalid"):
+    with pytest.raises(SetupError, match="cannot reach"):
         address_towards("no.such.host.invalid", 4700)
 
 

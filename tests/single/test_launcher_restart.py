@@ -50,7 +50,7 @@ def test_success_is_known_only_once_the_whole_job_is_done() -> None:
     job = supervise(2)
     assert job.handle(gone(4), 1.0) == [report(4)]
     assert job.handle(gone(5), 2.0) == [report(5)]
-    assert job.outcome is None and job.deadline_s == 2.0 + PATIENCE_S
+    assert (job.outcome, job.deadline_s) == (None, 2.0 + PATIENCE_S)
     [said] = job.handle(TimePassed(), 2.0 + PATIENCE_S)
     assert isinstance(said, Say) and "other machines" in said.text
     assert job.deadline_s is None
@@ -61,7 +61,7 @@ def test_success_is_known_only_once_the_whole_job_is_done() -> None:
 def test_a_failure_drains_then_stops_then_kills() -> None:
     job = supervise()
     assert job.handle(gone(5, 3), 0.0) == [report(5, 3)]
-    assert job.phase is Phase.DRAINING and job.deadline_s == DRAIN_S
+    assert (job.phase, job.deadline_s) == (Phase.DRAINING, DRAIN_S)
     assert job.handle(TimePassed(), DRAIN_S - 0.1) == []
     assert job.handle(TimePassed(), DRAIN_S) == [Terminate(worker_ids=(4, 6))]
     assert job.handle(gone(4, 143), DRAIN_S) == [report(4, 143)]
@@ -70,7 +70,7 @@ def test_a_failure_drains_then_stops_then_kills() -> None:
     assert kill == Kill(worker_ids=(6,))
     assert job.deadline_s is None
     job.handle(gone(6, 137), 20.0)
-    assert job.outcome is None, "the coordinator may know better who was first"
+    assert job.phase is Phase.WAITING, "the coordinator may know better who was first"
     job.handle(TimePassed(), 20.0 + VERDICT_S)
     failure = Failure(worker_id=5, rank=15, host="node-b", code=3, reason="why")
     assert job.outcome == Outcome(code=3, failure=failure)

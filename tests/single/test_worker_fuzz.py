@@ -114,8 +114,12 @@ def test_a_million_bad_frames_are_counted_and_change_nothing() -> None:
             train()
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         address = target._pull.last_endpoint.decode()
-        thrower = multiprocessing.get_context("spawn").Process(
-            target=throw, args=(address, token.secret, recorder.sent[:50], theirs)
+        thrower = multiprocessing.get_context(
+            "spawn"
+        ).Process(
+            daemon=True,  # ends with this process, should the test fail
+            target=throw,
+            args=(address, token.secret, recorder.sent[:50], theirs),
         )
         rss_before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         thrower.start()
