@@ -37,6 +37,7 @@ bench: setup  ## Compare all-reduce with gloo (ARGS="-n 2 --json FILE")
 	$(BIN)/python benchmarks/allreduce.py $(ARGS)
 
 wheel: setup  ## Build dist/*.whl
+	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove everything that was made

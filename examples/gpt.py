@@ -129,7 +129,7 @@ def validate(model: GPT, windows: Windows, batch: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A byte-level GPT on Python's own source, data-parallel.")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16, help="sequences per step, over all workers")
     parser.add_argument("--context", type=int, default=64, help="bytes that the model looks back")
     parser.add_argument("--width", type=int, default=128)
