@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 _CHUNKS_PER_SLICE = 4
-_LEAST_CHUNK_BYTES = 256 * 1024
+_LEAST_CHUNK_BYTES = 2 * 1024 * 1024
 
 
 class Slice(NamedTuple):
@@ -33,7 +33,7 @@ def partition(numel: int, world_size: int) -> tuple[Slice, ...]:
 
 def chunk_numel(slices: tuple[Slice, ...], itemsize_bytes: int, limit_bytes: int) -> int:
     """Elements per chunk: a quarter of a slice, so that a step overlaps with the next one, but at
-    least 256 KiB, below which the cost of a chunk outweighs that, and at most `limit_bytes`."""
+    least 2 MiB, below which the cost of a chunk outweighs that, and at most `limit_bytes`."""
     longest_bytes = max(part.numel for part in slices) * itemsize_bytes
     chunk_bytes = min(max(longest_bytes // _CHUNKS_PER_SLICE, _LEAST_CHUNK_BYTES), limit_bytes)
     return max(1, chunk_bytes // itemsize_bytes)

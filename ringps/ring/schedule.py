@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -99,6 +100,7 @@ def broadcast(rank: int, world_size: int, src: int) -> Schedule:
     return Schedule((), (Receive(distance - 1, 0, Content.RESULT, Action.STORE, forward),))
 
 
+@lru_cache(maxsize=64)
 def _build(rank: int, world_size: int, *, reduces: bool, gathers: bool) -> Schedule:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")

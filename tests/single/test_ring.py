@@ -39,8 +39,8 @@ def test_chunks_are_neither_tiny_nor_above_the_limit(
 ) -> None:
     slices = partition(numel, world_size)
     chunk_bytes = chunk_numel(slices, itemsize_bytes, limit_bytes) * itemsize_bytes
-    assert min(limit_bytes, 2**18) - itemsize_bytes < chunk_bytes <= limit_bytes
-    if chunk_bytes > 2**18:
+    assert min(limit_bytes, 2**21) - itemsize_bytes < chunk_bytes <= limit_bytes
+    if chunk_bytes > 2**21:
         assert chunk_count(slices[0], chunk_bytes // itemsize_bytes) >= 4
 
 
