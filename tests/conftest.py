@@ -5,7 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+import hypothesis
 import pytest
+
+# A busy machine is slow, and that is no failure.
+hypothesis.settings.register_profile(
+    "ringps", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ringps")
 
 Golden = Callable[[str, str | bytes], None]
 

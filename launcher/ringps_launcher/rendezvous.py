@@ -22,8 +22,6 @@ from ringps_launcher import network
 from ringps_launcher.guard import Guard
 from ringps_launcher.job import Job
 
-_LOOPBACK = "127.0.0.1"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -42,7 +40,9 @@ class Site:
     """Absolute path of the job key's file on this machine."""
 
 
-def serve_alone(job: Job, host: str, guard: Guard, stack: ExitStack) -> tuple[Site, JobKey]:
+def serve_alone(
+    settings: CoordinatorSettings, host: str, guard: Guard, stack: ExitStack
+) -> tuple[Site, JobKey]:
     """Start a coordinator in this process, for this machine alone, with a key of its own.
 
     Raises:
@@ -59,11 +59,10 @@ def serve_alone(job: Job, host: str, guard: Guard, stack: ExitStack) -> tuple[Si
     key_file = os.path.join(directory, "job.key")
     key = JobKey.generate()
     key.save(key_file)
-    settings = CoordinatorSettings(host=_LOOPBACK, world_size=job.workers, encrypt_data=job.encrypt_data)
     coordinator = Coordinator(settings, key)
     stack.callback(coordinator.close)
     coordinator.start()
-    site = Site(host=host, address=_LOOPBACK, coordinator=coordinator.address, key_file=key_file)
+    site = Site(host=host, address=settings.host, coordinator=coordinator.address, key_file=key_file)
     return site, key
 
 

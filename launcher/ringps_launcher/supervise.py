@@ -23,6 +23,7 @@ from ringps.errors import SetupError
 from ringps.membership import (
     Assignment,
     CoordinatorLost,
+    CoordinatorSettings,
     JobDone,
     JobEvent,
     JobFailed,
@@ -124,7 +125,12 @@ class Launcher:
     def _meet(self) -> tuple[Site, Any]:
         options = self._options
         if options.join is None:
-            return rendezvous.serve_alone(self._job, options.host, self._guard, self._stack)
+            settings = CoordinatorSettings(
+                world_size=self._job.workers,
+                encrypt_data=self._job.encrypt_data,
+                timeouts=self._timeouts,
+            )
+            return rendezvous.serve_alone(settings, options.host, self._guard, self._stack)
         assert options.key_file is not None
         return rendezvous.join(options.join, options.key_file, options.host, options.address)
 

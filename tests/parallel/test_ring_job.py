@@ -36,11 +36,11 @@ ringps.shutdown()
 """,
     )
     events = tmp_path / "events.jsonl"
-    for extra in ((), ("--encrypt-data",)):
-        finished = run("run", "-n", "4", *extra, "--events", events, path)
+    for workers, total, extra in ((4, 10.0, ()), (2, 3.0, ("--encrypt-data",))):
+        finished = run("run", "-n", str(workers), *extra, "--events", events, path)
         assert finished.code == 0, finished.err
-        assert sorted(finished.out.splitlines()) == [f"[{rank}] sum 10.0" for rank in range(4)]
-        assert "4 workers on 1 host, transport tcp (auto: " in finished.err
+        assert sorted(finished.out.splitlines()) == [f"[{rank}] sum {total}" for rank in range(workers)]
+        assert f"{workers} workers on 1 host, transport tcp (auto: " in finished.err
     recorded = [json.loads(line) for line in events.read_text().splitlines()]
     formed = [event for event in recorded if event["event"] == "generation"]
     assert [member["rank"] for member in formed[0]["members"]] == [0, 1, 2, 3]
@@ -93,11 +93,14 @@ if RANK == 2:
 ringps.barrier()
 """,
     )
-    environ = {"RINGPS_HEARTBEAT_TIMEOUT_S": "1", "RINGPS_HEARTBEAT_INTERVAL_S": "0.1"}
-    finished = run("run", "-n", "3", path, environ=environ)
+    # A stopped process does not hear SIGTERM either, so the launcher needs its grace for that one.
+    environ = {"RINGPS_HEARTBEAT_TIMEOUT_S": "1.5", "RINGPS_HEARTBEAT_INTERVAL_S": "0.1"}
+    finished = run("run", "-n", "3", "--grace", "1", path, environ=environ)
     assert finished.code != 0
     for rank in (0, 1):
-        assert re.search(r"PeerLostError: rank 2 .* no heartbeat", lines_of(finished, rank)), finished.err
+        assert re.search(r"PeerLostError: rank 2 .* no heartbeat .*1\.5 s", lines_of(finished, rank)), (
+            finished.err
+        )
     assert "rank 2 (worker 2 on" in finished.last
 
 
