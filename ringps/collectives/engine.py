@@ -319,7 +319,7 @@ class Engine:
                     continue
             progress = self._dispatch(header, frame) or progress
             self._flush()
-        return True
+        return progress
 
     def _check(self, frame: Frame) -> ChunkHeader:
         header = decode(frame.header)
@@ -414,17 +414,39 @@ class Engine:
         return 0.0
 
     def _open_dispute(self, sequence: int, *, timed_out: bool) -> None:
-        deadline_s = self._clock()
+        opened_s = deadline_s = self._clock()
         if self._referee is not None:
             self._referee.dispute(sequence)
             # The referee gives up by itself; twice its limit is for one that is gone.
             deadline_s += 2 * self._timeouts.inquiry_timeout_s
-        self._dispute = _Dispute(sequence, timed_out, deadline_s)
+        self._dispute = _Dispute(sequence, timed_out, opened_s, deadline_s)
 
     def _judge(self, sequence: int, calls: tuple[str, ...]) -> None:
-        mine = self._dispute is not None and self._dispute.sequence == sequence
-        timed_out = mine and self._dispute is not None and self._dispute.timed_out
-        if not calls and mine and not timed_out:
+        """Act on who called what; `calls` is empty if nobody could tell."""
+        dispute = self._dispute if self._dispute and self._dispute.sequence == sequence else None
+        if disagreement(calls):
+            self._break(
+                CollectiveMismatchError(
+                    f"the ranks disagree on collective number {sequence}; every rank must call the "
+                    f"same collectives in the same order:\n{self._table(calls)}"
+                )
+            )
+        elif dispute is None:
+            return  # another rank's question, and no answer to it concerns us
+        elif dispute.timed_out:
+            self._dispute = None
+            if self._last_progress_s <= dispute.opened_s:
+                self._break(
+                    CollectiveTimeoutError(
+                        f"collective number {sequence} made no progress for "
+                        f"{self._timeouts.op_timeout_s} s (op_timeout_s):\n"
+                        + (self._table(calls) or f"  this rank: {self.describe(sequence)}")
+                    )
+                )
+        elif calls:  # nobody stands by the chunk that differed
+            self._refuse("signature")
+            self._held = self._dispute = None
+        else:
             left = self._generation.describe(self._generation.left)
             self._break(
                 CollectiveMismatchError(
@@ -432,25 +454,6 @@ class Engine:
                     f"{left} called another; nobody answered who called what"
                 )
             )
-        elif disagreement(calls):
-            self._break(
-                CollectiveMismatchError(
-                    f"the ranks disagree on collective number {sequence}; every rank must call the "
-                    f"same collectives in the same order:\n{self._table(calls)}"
-                )
-            )
-        elif timed_out:
-            self._break(
-                CollectiveTimeoutError(
-                    f"collective number {sequence} made no progress for "
-                    f"{self._timeouts.op_timeout_s} s (op_timeout_s):\n"
-                    + (self._table(calls) or f"  this rank: {self.describe(sequence)}")
-                )
-            )
-        elif mine:
-            self._refuse("signature")
-            self._held = None
-            self._dispute = None
 
     def _table(self, calls: tuple[str, ...]) -> str:
         return "\n".join(f"  {self._generation.describe(rank)}: {call}" for rank, call in enumerate(calls))
@@ -496,4 +499,5 @@ class _Letter(NamedTuple):
 class _Dispute:
     sequence: int
     timed_out: bool
+    opened_s: float
     deadline_s: float

@@ -9,6 +9,7 @@ mechanism, or, where data is to be encrypted, as the key pair of CURVE.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import Counter
@@ -192,7 +193,7 @@ class ZmqTcpTransport:
             poller.append((self._pull, zmq.POLLIN))
         if sending:
             poller.append((self._push, zmq.POLLOUT))
-        ready = [source for source, _ in zmq.zmq_poll(poller, max(0, round(timeout_s * 1000)))]
+        ready = [source for source, _ in zmq.zmq_poll(poller, math.ceil(timeout_s * 1000))]
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         if self._monitor in ready:

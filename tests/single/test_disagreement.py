@@ -138,6 +138,45 @@ def test_a_slow_rank_is_waited_for_as_long_as_something_moves() -> None:
         assert run_each(ring, work) == [None] * 3
 
 
+def test_a_timeout_that_progress_overtakes_is_none() -> None:
+    """The collective moves again while the ranks are being asked why it did not."""
+    config = Config(timeouts=Timeouts(op_timeout_s=0.2, inquiry_timeout_s=30.0))
+    asked = threading.Event()
+    with MemoryRing(2, config) as ring:
+        ring._engines[0]._referee = Silent(asked)
+        tensors = [torch.full((6,), float(rank + 1)) for rank in range(2)]
+        first = ring.communicators[0].all_reduce(tensors[0], async_op=True)
+        assert asked.wait(20)
+        ring.communicators[1].all_reduce(tensors[1])
+        first.wait(20)
+        ring._engines[0].verdict(1, ("same | done", "same | done"))
+        both = [comm.all_reduce(odd.clone(), async_op=True) for comm in ring.communicators]
+        for handle in both:
+            handle.wait(20)
+
+
+class Silent:
+    """A referee that takes its time."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self._asked = asked
+
+    def dispute(self, sequence: int) -> None:
+        self._asked.set()
+
+
+def test_without_an_answer_the_neighbours_are_named() -> None:
+    config = Config(timeouts=Timeouts(inquiry_timeout_s=0.1))
+    with MemoryRing(2, config) as ring:
+        for engine in ring._engines:
+            engine._referee = Silent(threading.Event())
+        calls = [torch.ones(3), torch.ones(4)]
+        raised = run_each(ring, lambda comm: comm.all_reduce(calls[comm.rank]))
+    for rank, error in enumerate(raised):
+        assert isinstance(error, CollectiveMismatchError)
+        assert f"rank {1 - rank} (worker {1 - rank} on memory) called another" in str(error)
+
+
 def test_a_lost_rank_ends_what_is_under_way_and_all_that_follows() -> None:
     with MemoryRing(3, CONFIG) as ring:
         waiting = [ring.communicators[rank].all_reduce(odd.clone(), async_op=True) for rank in (0, 2)]
