@@ -63,8 +63,9 @@ class Exchange:
     send_queue_chunks: int = 4
     """Chunks that may wait in each socket's send and receive queue (bounds memory per link)."""
 
-    io_threads: int = 2
-    """ZeroMQ I/O threads per worker; two let sending and receiving overlap."""
+    io_threads: int = 1
+    """ZeroMQ I/O threads per worker. Two let sending and receiving overlap where cores are idle; where
+    none is, they take turns with the other threads and small tensors wait for them."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
