@@ -33,13 +33,15 @@ format: setup  ## Format the code and sort its imports
 golden: setup  ## Record the golden files of the tests anew; then read the diff
 	$(BIN)/python -m pytest -q tests/single --regenerate $(ARGS)
 
-bench: setup  ## Compare all-reduce with gloo (ARGS="-n 2 --json FILE")
-	$(BIN)/python benchmarks/allreduce.py $(ARGS)
+bench: setup  ## Run the benchmarks and write docs/benchmarks.md (ARGS="--only train -n 2")
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 wheel: setup  ## Build dist/*.whl
 	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove everything that was made
-	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist benchmarks/out *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What the benchmarks' results look like: rows, tables, plots."""
+"""What the benchmarks' results look like: rows of a JSON file, and tables of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import zmq
 
 KIB, MIB = 1024, 1024 * 1024
+WITHOUT = "none"
+"""Backend of training steps that communicate nothing."""
+DDP = "ddp"
+"""What the backends that are variants of PyTorch's DistributedDataParallel begin with."""
+NO_FACTS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +46,49 @@ class Row:
     busbw_gbps: float
     """What the busiest link carried: for all_reduce, algbw * 2 (n - 1) / n (as nccl-tests define it)."""
     env: dict[str, object]
+    """The machine and the software, and whatever else is to be known about this point."""
 
 
-def all_reduce_row(
-    backend: str, size_bytes: int, dtype: str, world_size: int, times_s: Sequence[float]
+@dataclass(frozen=True)
+class Table:
+    """Titles and as many cells in every line."""
+
+    titles: tuple[str, ...]
+    lines: Sequence[tuple[str, ...]]
+
+    def text(self) -> str:
+        """For a terminal: columns aligned to the right."""
+        every = [self.titles, *self.lines]
+        widths = [max(len(line[column]) for line in every) for column in range(len(self.titles))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in every
+        )
+
+    def markdown(self) -> str:
+        """For a page: columns aligned to the right too."""
+        rule = ["---:"] * len(self.titles)
+        escaped = [[cell.replace("|", r"\|") for cell in line] for line in [self.titles, *self.lines]]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
+
+
+def row(
+    *,
+    bench: str,
+    backend: str,
+    op: str,
+    size_bytes: int,
+    dtype: str,
+    world_size: int,
+    times_s: Sequence[float],
+    facts: Mapping[str, object] = NO_FACTS,
 ) -> Row:
-    """A row of `times_s`, one per repetition."""
+    """A row of `times_s`, one per repetition. `facts` are added to its `env`."""
     median_s = statistics.median(times_s)
     algbw_gbps = size_bytes / median_s / 1e9
     return Row(
-        bench="allreduce",
+        bench=bench,
         backend=backend,
-        op="all_reduce",
+        op=op,
         bytes=size_bytes,
         dtype=dtype,
         world_size=world_size,
@@ -61,7 +98,28 @@ def all_reduce_row(
         time_us_max=round(max(times_s) * 1e6, 2),
         algbw_gbps=round(algbw_gbps, 6),
         busbw_gbps=round(algbw_gbps * 2 * (world_size - 1) / world_size, 6),
-        env=environment(),
+        env={**environment(), **facts},
+    )
+
+
+def all_reduce_row(
+    backend: str,
+    size_bytes: int,
+    dtype: str,
+    world_size: int,
+    times_s: Sequence[float],
+    facts: Mapping[str, object] = NO_FACTS,
+) -> Row:
+    """A row of all_reduce."""
+    return row(
+        bench="allreduce",
+        backend=backend,
+        op="all_reduce",
+        size_bytes=size_bytes,
+        dtype=dtype,
+        world_size=world_size,
+        times_s=times_s,
+        facts=facts,
     )
 
 
@@ -90,49 +148,75 @@ def read_json(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text())]
 
 
-def table(rows: Sequence[Row], baseline: str) -> str:
-    """A line per row; the last column is how much faster than `baseline` at that size and world size."""
+def bandwidths(rows: Sequence[Row], baseline: str) -> Table:
+    """A line per row; the last column is how much faster than `baseline` at that point of the same run."""
     titles = ("n", "size", "backend", "time us", "min", "max", "algbw GB/s", "busbw GB/s", f"vs {baseline}")
-    lines = [titles]
-    base = {(row.world_size, row.bytes): row for row in rows if row.backend == baseline}
-    for row in rows:
-        against = base.get((row.world_size, row.bytes))
+    base = {_point(one): one for one in rows if one.backend == baseline}
+    lines = []
+    for one in rows:
+        against = base.get(_point(one))
         lines.append(
             (
-                str(row.world_size),
-                human_bytes(row.bytes),
-                row.backend,
-                f"{row.time_us:.0f}",
-                f"{row.time_us_min:.0f}",
-                f"{row.time_us_max:.0f}",
-                f"{row.algbw_gbps:.3f}",
-                f"{row.busbw_gbps:.3f}",
-                f"{against.time_us / row.time_us:.2f}x" if against else "",
+                str(one.world_size),
+                human_bytes(one.bytes),
+                one.backend,
+                f"{one.time_us:.0f}",
+                f"{one.time_us_min:.0f}",
+                f"{one.time_us_max:.0f}",
+                f"{one.algbw_gbps:.3g}",
+                f"{one.busbw_gbps:.3g}",
+                f"{against.time_us / one.time_us:.2f}x" if against else "",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    text = []
-    for line in lines:
-        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        text.append("  ".join(cells))
-    return "\n".join(text)
+    return Table(titles, lines)
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw bus bandwidth over size, a curve per backend and world size."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for backend, world_size in sorted({(row.backend, row.world_size) for row in rows}):
-        curve = [row for row in rows if (row.backend, row.world_size) == (backend, world_size)]
-        sizes, bandwidths = [row.bytes for row in curve], [row.busbw_gbps for row in curve]
-        axes.plot(sizes, bandwidths, marker="o", label=f"{backend}, n={world_size}")
-    ticks = sorted({row.bytes for row in rows})
-    axes.set(xscale="log", yscale="log", xlabel="size", ylabel="bus bandwidth, GB/s", title="all_reduce")
-    axes.set_xticks(ticks, [human_bytes(size) for size in ticks], rotation=45, fontsize="small")
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """`bandwidths`, for a terminal."""
+    return bandwidths(rows, baseline).text()
+
+
+def added_us(one: Row, rows: Sequence[Row]) -> float | None:
+    """What communication adds to a training step: its median less that of a step without any."""
+    without = [other for other in rows if other.backend == WITHOUT and _point(other) == _point(one)]
+    return one.time_us - without[0].time_us if without and one.backend != WITHOUT else None
+
+
+def best_ddp(one: Row, rows: Sequence[Row]) -> Row | None:
+    """The fastest of DDP's variants at the same point of the same run."""
+    variants = [other for other in rows if other.backend.startswith(DDP) and _point(other) == _point(one)]
+    return min(variants, key=lambda other: other.time_us, default=None)
+
+
+def ddp_ratio(one: Row, rows: Sequence[Row]) -> float | None:
+    """How many times as much the best DDP adds to a step as `one` does; None if either adds nothing."""
+    ddp = best_ddp(one, rows)
+    own = added_us(one, rows)
+    theirs = added_us(ddp, rows) if ddp else None
+    return theirs / own if own and theirs and own > 0 and theirs > 0 else None
+
+
+def steps(rows: Sequence[Row]) -> Table:
+    """A line per row of training steps."""
+    titles = ("model", "n", "backend", "step ms", "min", "max", "added ms", "best DDP adds", "extra memory")
+    lines = []
+    for one in rows:
+        added, ratio = added_us(one, rows), ddp_ratio(one, rows)
+        memory = one.env.get("extra_memory_gradients")
+        lines.append(
+            (
+                str(one.env.get("model", "")),
+                str(one.world_size),
+                one.backend,
+                f"{one.time_us / 1e3:.1f}",
+                f"{one.time_us_min / 1e3:.1f}",
+                f"{one.time_us_max / 1e3:.1f}",
+                "" if added is None else f"{added / 1e3:.1f}",
+                "" if ratio is None else f"{ratio:.2f}x",
+                f"{memory:.2f}" if isinstance(memory, int | float) else "",
+            )
+        )
+    return Table(titles, lines)
 
 
 def load_pyplot() -> Any:
@@ -144,7 +228,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'ringps[bench]'")
+        sys.exit("plots need matplotlib: pip install 'ringps[bench]'")
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -157,6 +241,11 @@ def human_bytes(size: int) -> str:
         if size >= unit and size % unit == 0:
             return f"{size // unit} {name}"
     return f"{size} B"
+
+
+def _point(one: Row) -> tuple[object, ...]:
+    """What rows must have in common to be compared: they come from one run, too."""
+    return one.bench, one.op, one.bytes, one.world_size, one.env.get("transport"), one.env.get("model")
 
 
 def _cpu_model() -> str:

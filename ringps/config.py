@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-TransportName = Literal["auto", "tcp"]
-TRANSPORTS: tuple[TransportName, ...] = ("auto", "tcp")
+TransportName = Literal["auto", "shm", "tcp", "zmq"]
+TRANSPORTS: tuple[TransportName, ...] = ("auto", "shm", "tcp", "zmq")
 
 KIB = 1024
 MIB = 1024 * KIB
+MOST_DOUBLING_BYTES = 64 * KIB
 
 
-def _check_positive(settings: object) -> None:
+def _check_positive(settings: object, but: tuple[str, ...] = ()) -> None:
     for entry in fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, entry.name)
-        if not value > 0:
+        if entry.name not in but and not value > 0:
             raise ValueError(f"{entry.name} must be greater than 0, not {value!r}")
 
 
@@ -57,18 +58,38 @@ class Timeouts:
 class Exchange:
     """How gradients travel. All ranks must use the same values."""
 
-    chunk_bytes: int = 4 * MIB
-    """Largest pipelined piece of a tensor on the wire. Small tensors are cut finer."""
+    chunk_bytes: int = MIB
+    """Largest pipelined piece of a tensor on the wire: it should fit into a core's cache. Small tensors
+    are cut finer."""
 
     send_queue_chunks: int = 4
-    """Chunks that may wait in each socket's send and receive queue (bounds memory per link)."""
+    """Chunks that may wait in each ZeroMQ socket's send and receive queue (bounds memory per link)."""
 
     io_threads: int = 1
     """ZeroMQ I/O threads per worker. Two let sending and receiving overlap where cores are idle; where
     none is, they take turns with the other threads and small tensors wait for them."""
 
+    sockets_per_link: int = 0
+    """TCP connections to the right neighbour, 1 to 64; frames take turns on them. Clouds limit the rate of
+    each. 0 measures, when the ring forms, how many are of use."""
+
+    socket_buffer_bytes: int = 0
+    """Size of the send and receive buffer of each TCP connection; 0 leaves it to the system."""
+
+    doubling_bytes: int = 64 * KIB
+    """Largest tensor that is reduced by recursive doubling, in fewer but larger steps than on the ring."""
+
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _check_positive(self, but=("sockets_per_link", "socket_buffer_bytes", "doubling_bytes"))
+        if not 0 <= self.sockets_per_link <= 64:
+            raise ValueError(f"sockets_per_link must be 0 to 64, not {self.sockets_per_link}")
+        for name in ("socket_buffer_bytes", "doubling_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
+        if self.doubling_bytes > MOST_DOUBLING_BYTES:
+            raise ValueError(
+                f"doubling_bytes must be at most {MOST_DOUBLING_BYTES}, not {self.doubling_bytes}"
+            )
         if self.chunk_bytes % 64:
             raise ValueError(f"chunk_bytes must be a multiple of 64, not {self.chunk_bytes}")
 

@@ -9,18 +9,18 @@ import atexit
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringps import worker_env
 from ringps.collectives import Communicator, current, use
-from ringps.collectives.engine import Engine
+from ringps.collectives.backend import Backend
+from ringps.collectives.formation import Doors
+from ringps.collectives.ring_backend import RingBackend
 from ringps.config import Config
 from ringps.data import sampler
 from ringps.errors import PeerLostError, RingBrokenError, RingpsError
 from ringps.membership import JobKey, WorkerLink
 from ringps.ring.topology import Generation, Member
-from ringps.transport.zmq_tcp import ZmqTcpListener
 from ringps.worker_env import WorkerEnv
 
 
@@ -28,29 +28,29 @@ class _Bridge:
     """Takes what the coordinator says to the engine. Called on the link's thread."""
 
     def __init__(self) -> None:
-        self.engine: Engine | None = None
+        self.backend: Backend | None = None
         self._early: PeerLostError | None = None
 
-    def attach(self, engine: Engine) -> None:
-        self.engine = engine
+    def attach(self, backend: Backend) -> None:
+        self.backend = backend
         if self._early is not None:
-            engine.fail(self._early)
+            backend.fail(self._early)
 
     def on_lost(self, error: PeerLostError) -> None:
         self._early = error
-        if self.engine is not None:
-            self.engine.fail(error)
+        if self.backend is not None:
+            self.backend.fail(error)
 
     def on_left(self, rank: int, completed: int) -> None:
-        if self.engine is not None:
-            self.engine.peer_left(rank, completed)
+        if self.backend is not None:
+            self.backend.peer_left(rank, completed)
 
     def on_inquiry(self, sequence: int) -> str:
-        return self.engine.describe(sequence) if self.engine is not None else "no ring yet"
+        return self.backend.describe(sequence) if self.backend is not None else "no ring yet"
 
     def on_verdict(self, sequence: int, calls: tuple[str, ...]) -> None:
-        if self.engine is not None:
-            self.engine.verdict(sequence, calls)
+        if self.backend is not None:
+            self.backend.verdict(sequence, calls)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Ring:
     """This process's parts, and the process that they belong to."""
 
     communicator: Communicator
-    engine: Engine
+    backend: Backend
     link: WorkerLink | None
     pid: int
 
@@ -105,9 +105,9 @@ def shutdown() -> None:
     if ring is None or ring.pid != os.getpid():
         return
     try:
-        ring.engine.drain()
+        ring.backend.drain()
         if ring.link is not None:
-            ring.link.leave(ring.engine.completed)
+            ring.link.leave(ring.backend.completed)
     finally:
         _take_apart(ring)
 
@@ -137,49 +137,36 @@ class ElasticBatchSampler(sampler.ElasticBatchSampler):
 def _alone(config: Config) -> _Ring:
     member = Member(worker_id=0, host=socket.gethostname(), address="", pid=os.getpid())
     view = Generation(number=1, members=(member,), rank=0)
-    engine = Engine(view, None, config.timeouts, None)
-    return _Ring(Communicator(view, engine, config.exchange), engine, None, os.getpid())
+    backend = RingBackend(view, None, config.exchange, config.timeouts, None)
+    return _Ring(Communicator(view, backend), backend, None, os.getpid())
 
 
 def _join(env: WorkerEnv, config: Config) -> _Ring:
     bridge = _Bridge()
-    listeners: list[ZmqTcpListener] = []
+    doors: list[Doors] = []
 
     def bind(token: JobKey, encrypt: bool) -> str:
-        listeners.append(ZmqTcpListener(env.address, token, config.exchange, encrypt=encrypt))
-        return listeners[-1].address
+        doors.append(Doors(env, token, config, encrypt=encrypt))
+        return doors[-1].address
 
     link = WorkerLink(env, config.timeouts, bridge)
     try:
         view = link.join(bind)
+        formed = doors[-1].form(view, link)
     except BaseException as error:
-        for listener in listeners:
-            listener.close()
+        for door in doors:
+            door.close()
         _give_up(link, error)
         raise
-    if view.world_size > 1:
-        engine = Engine(view, listeners[-1].connect(view), config.timeouts, link)
-    else:
-        listeners[-1].close()
-        engine = Engine(view, None, config.timeouts, None)
-    bridge.attach(engine)
-    if view.rank == 0:
-        _announce(view.members, config)
-    communicator = Communicator(view, engine, config.exchange, on_step=link.report_step)
-    return _Ring(communicator, engine, link, os.getpid())
-
-
-def _announce(members: Sequence[Member], config: Config) -> None:
-    hosts = len({member.host for member in members})
-    why = "auto: the one that this version has" if config.transport == "auto" else "as asked"
-    print(
-        f"ringps: {len(members)} workers on {hosts} host{'s' if hosts > 1 else ''}, transport tcp ({why})",
-        file=sys.stderr,
-    )
+    bridge.attach(formed.backend)
+    if view.rank == 0 and view.world_size > 1:
+        print(f"ringps: {formed.summary}", file=sys.stderr)
+    communicator = Communicator(view, formed.backend, on_step=link.report_step)
+    return _Ring(communicator, formed.backend, link, os.getpid())
 
 
 def _take_apart(ring: _Ring) -> None:
-    ring.engine.close()
+    ring.backend.close()
     if ring.link is not None:
         ring.link.close()
 
@@ -198,7 +185,7 @@ def _at_exit() -> None:
             print(f"ringps: while leaving the ring: {late}", file=sys.stderr)
         return
     ring, _ring = _ring, None
-    ring.engine.close()
+    ring.backend.close()
     if ring.link is not None:
         _give_up(ring.link, error)
 

@@ -13,22 +13,29 @@ from ringps.buckets.ring import PendingReduction, ReductionRing
 class FlatBucket:
     """An input and an output tensor, and every parameter's views of them.
 
-    `load` copies the gradients to the input, which stays as it is until the next `load`; `launch`
-    reduces it to the output; `publish` makes the parameters' `.grad` views of the output.
+    `load` copies a gradient to the input when it has arrived, and `fill` those that have not; the input
+    stays as it is until the next pass. `launch` reduces it to the output, of which the parameters' `.grad`
+    are views from then on, so that the memory of their own gradients is free for the next layer's.
     """
 
     def __init__(
-        self, bucket: Bucket, parameters: Sequence[torch.nn.Parameter], names: Sequence[str]
+        self,
+        bucket: Bucket,
+        parameters: Sequence[torch.nn.Parameter],
+        names: Sequence[str],
+        ring: ReductionRing,
     ) -> None:
         """
         Args:
             bucket: its plan; `bucket.slots` index `parameters` and `names`.
             parameters: all parameters of the layout, on the CPU.
             names: for messages.
+            ring: gives the input's memory, and reduces it.
         """
         dtype = parameters[bucket.slots[0].parameter].dtype
-        self._input = torch.zeros(bucket.numel, dtype=dtype)
-        self._output = torch.zeros(bucket.numel, dtype=dtype)
+        self._ring = ring
+        self._input = ring.empty(bucket.numel, dtype).zero_()
+        self._output = ring.empty(bucket.numel, dtype).zero_()
         self._input_flags = self._input[bucket.flags_start :]
         self._output_flags = self._output[bucket.flags_start :]
         self._names = [names[slot.parameter] for slot in bucket.slots]
@@ -38,38 +45,57 @@ class FlatBucket:
             for parameter in (parameters[slot.parameter],)
         ]
 
+        self._loaded = [False] * len(self._views)
+        self._present = [False] * len(self._views)
+
     @property
     def input_bytes(self) -> int:
         """Size of the tensor that travels."""
         return self._input.nbytes
 
-    @torch.no_grad()
-    def load(self, weight: float | None, rank_flag: bool) -> None:
-        """Copy every `.grad`, times `weight`, to the input; zeros where there is none.
+    def load(self, position: int, weight: float | None) -> None:
+        """Copy the `.grad` of slot `position`, times `weight`, to the input; zeros if it is None.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: the gradient is sparse.
         """
-        flags = [True] * len(self._views)
-        for position, (parameter, view, _) in enumerate(self._views):
-            gradient = parameter.grad
-            if gradient is None:
-                flags[position] = False
-                view.zero_()
-            elif gradient.layout is not torch.strided:
-                raise ValueError(
-                    f'the gradient of "{self._names[position]}" is sparse, and ringps reduces dense '
-                    "gradients only; construct its layer with sparse=False"
-                )
-            elif weight is None:
-                view.copy_(gradient)
-            else:
-                torch.mul(gradient, weight, out=view)
-        self._input_flags.copy_(torch.tensor([*flags, rank_flag]))
+        parameter, view, _ = self._views[position]
+        gradient = parameter.grad
+        self._loaded[position] = True
+        self._present[position] = gradient is not None
+        if gradient is None:
+            view.zero_()
+        elif gradient.layout is not torch.strided:
+            raise ValueError(
+                f'the gradient of "{self._names[position]}" is sparse, and ringps reduces dense '
+                "gradients only; construct its layer with sparse=False"
+            )
+        elif weight is None:
+            view.copy_(gradient)
+        else:
+            torch.mul(gradient, weight, out=view)
 
-    def launch(self, ring: ReductionRing, op: str, label: str) -> PendingReduction:
-        """Start the reduction of the input to the output."""
-        return ring.all_reduce_into(self._output, self._input, op, label=label)
+    @torch.no_grad()
+    def launch(self, weight: float | None, rank_flag: bool, op: str, label: str) -> PendingReduction:
+        """Load what has not been loaded, and start the reduction of the input to the output.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        for position, loaded in enumerate(self._loaded):
+            if not loaded:
+                self.load(position, weight)
+        self._input_flags.copy_(torch.tensor([*self._present, rank_flag]))
+        self.reset()
+        pending = self._ring.all_reduce_into(self._output, self._input, op, label=label)
+        for parameter, _, view in self._views:
+            if parameter.grad is not None and parameter.grad is not view:
+                parameter.grad = view
+        return pending
+
+    def reset(self) -> None:
+        """A new pass: nothing has been loaded."""
+        self._loaded = [False] * len(self._views)
 
     def publish(self) -> bool:
         """Let every `.grad` be the reduced one, or None if no rank has one.
@@ -85,14 +111,14 @@ class FlatBucket:
         return bool(rank_flag)
 
     @torch.no_grad()
-    def adopt(self, ring: ReductionRing, src: int) -> None:
+    def adopt(self, src: int) -> None:
         """Let every `.grad` be what it is at rank `src` now."""
         flags = [parameter.grad is not None for parameter, _, _ in self._views]
         for parameter, _, view in self._views:
             if parameter.grad is not None and parameter.grad is not view:
                 view.copy_(parameter.grad)
         self._output_flags.copy_(torch.tensor([*flags, False]))
-        ring.broadcast(self._output, src)
+        self._ring.broadcast(self._output, src)
         self.publish()
 
 

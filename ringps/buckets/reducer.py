@@ -7,11 +7,13 @@ for a rank that had none; so every rank has as many passes as any other.
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn.parameter import UninitializedParameter
@@ -22,7 +24,12 @@ from ringps.buckets.flat import FlatBucket, is_dense
 from ringps.buckets.hooks import GradientHooks
 from ringps.buckets.layout import ParameterSpec, plan
 from ringps.buckets.ring import PendingReduction, ReductionRing
+from ringps.buckets.tuning import CapTuner
 
+_log = logging.getLogger(__name__)
+
+_FIRST_CAP_BYTES = 8 * 1024 * 1024
+"""Cap of the first pass, in which the order is learned, where caps are tuned."""
 _REDUCIBLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -30,8 +37,8 @@ _REDUCIBLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloa
 class BucketSettings:
     """How gradients are bucketed and when they are reduced. The same on all ranks."""
 
-    cap_bytes: int
-    """Most bytes of gradients in a bucket."""
+    cap_bytes: int | Literal["auto"]
+    """Most bytes of gradients in a bucket; "auto" tries some on the first passes and keeps the best."""
 
     first_cap_bytes: int
     """The same for the first bucket."""
@@ -41,8 +48,12 @@ class BucketSettings:
 
     def __post_init__(self) -> None:
         for name in ("cap_bytes", "first_cap_bytes", "accumulate_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, str) and name == "cap_bytes":
+                if value != "auto":
+                    raise ValueError(f'cap_bytes must be a number of bytes or "auto", not {value!r}')
+            elif value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,9 @@ class ReducerStatistics:
 
     bucket_bytes: int
     """Their size in all."""
+
+    cap_bytes: int
+    """The cap of the current layout."""
 
     steps: int
     """Steps that were applied."""
@@ -103,9 +117,12 @@ class Reducer:
         self._index_of: dict[int, int] = {}
         self._order: list[int] | None = None
         self._buckets: list[FlatBucket] | None = None
-        self._bucket_of: list[int] = []
+        self._bucket_of: list[tuple[int, int]] = []
+        """By parameter: its bucket, and its position there."""
         self._bucket_sizes: list[int] = []
         self._changed = False
+        self._cap_bytes = _FIRST_CAP_BYTES if settings.cap_bytes == "auto" else settings.cap_bytes
+        self._tuner: CapTuner | None = None
 
         # The pass.
         self._synchronised = False
@@ -113,6 +130,7 @@ class Reducer:
         self._seen: dict[int, None] = {}
         self._missing: list[int] = []
         self._handed: list[PendingReduction] = []
+        self._begun_s = 0.0
 
         # The step.
         self.held = 0
@@ -210,6 +228,7 @@ class Reducer:
         return ReducerStatistics(
             buckets=len(self._buckets or ()),
             bucket_bytes=sum(bucket.input_bytes for bucket in self._buckets or ()),
+            cap_bytes=self._cap_bytes,
             steps=self._step - 1,
             passes=self._passes,
             late_passes=self._late_passes,
@@ -232,6 +251,7 @@ class Reducer:
         self._seen = {}
         if self._exchanging:
             self._prepare()
+            self._begun_s = time.perf_counter()
         elif not self._synchronised:
             self._reduced = False
 
@@ -248,7 +268,10 @@ class Reducer:
         self._seen[index] = None
         if not self._exchanging:
             return
-        self._missing[self._bucket_of[index]] -= 1
+        bucket, position = self._bucket_of[index]
+        assert self._buckets is not None
+        self._buckets[bucket].load(position, self._load_weight())
+        self._missing[bucket] -= 1
         while len(self._handed) < len(self._missing) and not self._missing[len(self._handed)]:
             self._launch()
 
@@ -279,6 +302,9 @@ class Reducer:
                 agree(self._ring, [describe(self._name(one), one) for one in self._parameters])
                 self._changed = False
             self._lay_out()
+        assert self._buckets is not None
+        for bucket in self._buckets:
+            bucket.reset()
         self._missing = list(self._bucket_sizes)
         self._handed = []
 
@@ -289,36 +315,46 @@ class Reducer:
         ]
         # Until the order is known: models call their layers in about the order of construction.
         order = list(reversed(range(len(specs)))) if self._order is None else self._order
-        caps = self._settings
-        layout = plan(specs, order, cap_bytes=caps.cap_bytes, first_cap_bytes=caps.first_cap_bytes)
+        cap_bytes, first = self._cap_bytes, self._settings.first_cap_bytes
+        self._buckets = None  # their memory may be needed for the new ones
+        layout = plan(specs, order, cap_bytes=cap_bytes, first_cap_bytes=min(first, cap_bytes))
         names = [self._name(one) for one in self._parameters]
-        self._buckets = [FlatBucket(bucket, self._parameters, names) for bucket in layout]
+        self._buckets = [FlatBucket(bucket, self._parameters, names, self._ring) for bucket in layout]
         self._bucket_sizes = [len(bucket.slots) for bucket in layout]
-        self._bucket_of = [0] * len(specs)
+        self._bucket_of = [(0, 0)] * len(specs)
         for number, bucket in enumerate(layout):
-            for slot in bucket.slots:
-                self._bucket_of[slot.parameter] = number
+            for position, slot in enumerate(bucket.slots):
+                self._bucket_of[slot.parameter] = number, position
 
     def _arrived_again(self, index: int) -> None:
-        if self._exchanging and self._bucket_of[index] < len(self._handed):
+        if not self._exchanging:
+            return
+        bucket, position = self._bucket_of[index]
+        if bucket < len(self._handed):
             raise RuntimeError(
                 f'"{self._name(self._parameters[index])}" got a second gradient in one backward after its '
                 "first was sent, as happens when layers share it inside reentrant activation checkpointing; "
                 "use torch.utils.checkpoint with use_reentrant=False"
             )
+        assert self._buckets is not None
+        self._buckets[bucket].load(position, self._load_weight())
+
+    def _load_weight(self) -> float | None:
+        """What gradients are multiplied by before they are added up; None: the ring takes the mean."""
+        if self._next_weight is None:
+            return None
+        return 1 / self._ring.world_size if self._weight is None else self._weight
 
     def _launch(self) -> None:
         number = len(self._handed)
         if number == 0:
             self._passes_in_step += 1
         assert self._buckets is not None
-        bucket = self._buckets[number]
-        op, weight = ("mean", None) if self._next_weight is None else ("sum", self._weight)
-        if op == "sum" and weight is None:
-            weight = 1 / self._ring.world_size
-        bucket.load(weight, self._late)
+        weight = self._load_weight()
+        op = "mean" if weight is None else "sum"
         again = f", pass {self._passes_in_step}" if self._passes_in_step > 1 else ""
-        self._handed.append(bucket.launch(self._ring, op, f"step {self._step}{again}, bucket {number}"))
+        label = f"step {self._step}{again}, bucket {number}"
+        self._handed.append(self._buckets[number].launch(weight, self._late, op, label))
 
     def _finish(self) -> None:
         """Launch what is left, wait for everything and put the results where they belong."""
@@ -335,6 +371,8 @@ class Reducer:
         self._window, self._reduced = 0, True
         if self._order is None:
             self._learn_order()
+        elif self._tuner is not None:
+            self._tune(self._tuner)
 
     def _learn_order(self) -> None:
         """Take over the order in which gradients arrived on rank 0, if any did."""
@@ -346,6 +384,24 @@ class Reducer:
             known = set(arrived)
             rest = [index for index in reversed(range(len(order))) if index not in known]
             self._order, self._buckets = arrived + rest, None
+            if self._settings.cap_bytes == "auto":
+                self._tuner = CapTuner(sum(parameter.nbytes for parameter in self._parameters))
+                self._cap_bytes = self._tuner.cap_bytes
+
+    def _tune(self, tuner: CapTuner) -> None:
+        """Note how long the pass took; go on to the next cap when this one has been tried enough."""
+        if not tuner.record(time.perf_counter() - self._begun_s):
+            return
+        if tuner.tried:
+            slowest_s = torch.empty(len(tuner.candidates), dtype=torch.float64)
+            local_s = torch.tensor(tuner.durations_s(), dtype=torch.float64)
+            self._ring.all_reduce_into(slowest_s, local_s, "max", label="bucket sizes").wait()
+            self._cap_bytes, reason = tuner.choose(slowest_s.tolist())
+            self._tuner = None
+            _log.info("bucket_cap_bytes=%d: %s", self._cap_bytes, reason)
+        else:
+            self._cap_bytes = tuner.cap_bytes
+        self._buckets = None
 
     def _adopt(self) -> None:
         late = self._ring.gather_bytes(b"late" if self._late else b"")
@@ -354,7 +410,7 @@ class Reducer:
                 self._lay_out()
             assert self._buckets is not None
             for bucket in self._buckets:
-                bucket.adopt(self._ring, late.index(b""))
+                bucket.adopt(late.index(b""))
 
 
 def check_parameter(name: str, parameter: torch.Tensor) -> None:

@@ -21,26 +21,37 @@ class Call:
     label: str = ""
     """A name for messages, such as `bucket 3`."""
 
-    chunk_numel: int
+    chunk_numel: int = 0
+    """Elements of a chunk on the wire; 0 where there are none."""
+
+    doubles: bool = False
+    """By recursive doubling instead of on the ring."""
 
     @cached_property
     def text(self) -> str:
-        """`all_reduce(sum, float32[64, 10], "bucket 3")`; names no two different calls alike."""
-        parts = [self.op] if self.op else []
-        parts.append(f"{self.dtype}{list(self.shape)}")
-        if self.src is not None:
-            parts.append(f"src={self.src}")
-        if self.label:
-            parts.append(f'"{self.label}"')
-        return f"{self.kind}({', '.join(parts)}) in chunks of {self.chunk_numel}"
+        """`all_reduce(sum, float32[64, 10], "bucket 3")` and how; names no two different calls alike."""
+        if not self.chunk_numel:
+            return str(self)
+        way = " by recursive doubling" if self.doubles else ""
+        return f"{self}{way} in chunks of {self.chunk_numel}"
 
     @cached_property
     def signature(self) -> int:
         """64 bits of BLAKE2b of the text; every chunk carries it."""
         return int.from_bytes(blake2b(self.text.encode(), digest_size=8).digest(), "little")
 
+    @cached_property
+    def _words(self) -> str:
+        parts = [self.op] if self.op else []
+        parts.append(f"{self.dtype}{list(self.shape)}")
+        if self.src is not None:
+            parts.append(f"src={self.src}")
+        if self.label:
+            parts.append(f'"{self.label}"')
+        return f"{self.kind}({', '.join(parts)})"
+
     def __str__(self) -> str:
-        return self.text.rpartition(" in chunks of ")[0]
+        return self._words
 
 
 def disagreement(calls: tuple[str, ...]) -> bool:

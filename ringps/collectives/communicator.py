@@ -1,21 +1,17 @@
-"""The collectives as users call them: checks the arguments, lays out memory, submits to the engine."""
+"""The collectives as users call them: checks the arguments, lays out memory, hands on to a backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal, overload
 
 import torch
 
-from ringps.collectives.call import Call
-from ringps.collectives.engine import Engine, EngineStatistics
+from ringps.collectives.backend import Backend, EngineStatistics, Work
 from ringps.collectives.handle import Handle
-from ringps.collectives.ring import RingOperation
-from ringps.config import Exchange
-from ringps.kernels.cpu import accumulation_dtype, check_reducible
-from ringps.ring import schedule
-from ringps.ring.machine import RingMachine
-from ringps.ring.partition import Slice, chunk_numel, partition
+from ringps.kernels.cpu import ReduceOp, check_reducible
 from ringps.ring.topology import Generation
 
 
@@ -35,14 +31,18 @@ class Communicator:
     def __init__(
         self,
         generation: Generation,
-        engine: Engine,
-        exchange: Exchange,
+        backend: Backend,
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
+        """
+        Args:
+            generation: who is in the ring.
+            backend: carries the collectives out.
+            on_step: called with the number of each step that was applied.
+        """
         self._generation = generation
-        self._engine = engine
-        self._exchange = exchange
+        self._backend = backend
         self._on_step = on_step
 
     @property
@@ -83,7 +83,8 @@ class Communicator:
             ValueError: dtype, device or op that cannot be reduced.
         """
         flat, back = _flatten_in_place(tensor)
-        return self._finish(self._all_reduce(tensor, flat, flat, op, "", back), async_op)
+        checked = check_reducible(tensor.dtype, op)
+        return self._carry_out(_work("all_reduce", tensor, flat, flat, back, op=checked), async_op)
 
     def all_reduce_into(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", *, label: str = ""
@@ -107,7 +108,9 @@ class Communicator:
             )
         if not (output.is_contiguous() and input.is_contiguous()):
             raise ValueError("all_reduce_into needs contiguous tensors")
-        return self._all_reduce(input, input.detach().view(-1), output.detach().view(-1), op, label, None)
+        source, target = input.detach().view(-1), output.detach().view(-1)
+        checked = check_reducible(input.dtype, op)
+        return self._backend.start(_work("all_reduce", input, source, target, None, op=checked, label=label))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
@@ -133,19 +136,7 @@ class Communicator:
             )
         source = input.detach().reshape(-1)
         target, back = _flatten_in_place(output)
-        slices = partition(source.numel(), self.world_size)
-        piece = self._chunk_numel(slices, accumulation_dtype(input.dtype, checked))
-        operation = RingOperation(
-            self._call("reduce_scatter", input, piece, op=op),
-            RingMachine(schedule.reduce_scatter(self.rank, self.world_size), slices, piece),
-            source=source,
-            output=target,
-            op=checked,
-            world_size=self.world_size,
-            output_start=slices[self.rank].start,
-            finish=self._alone(lambda: target.copy_(source), back),
-        )
-        return self._finish(self._engine.submit(operation), async_op)
+        return self._carry_out(_work("reduce_scatter", input, source, target, back, op=checked), async_op)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Handle | None:
         """Concatenate every rank's `input`, in rank order, at every rank.
@@ -165,13 +156,10 @@ class Communicator:
                 f"the input's elements and its dtype; input is {input.dtype}{list(input.shape)}, "
                 f"output {output.dtype}{list(output.shape)}"
             )
+        source = input.detach().reshape(-1).view(torch.uint8)
         target, back = _flatten_in_place(output)
-        raw = target.view(torch.uint8)
-        slices = partition(raw.numel(), self.world_size)
-        own = slices[self.rank]
-        raw[own.start : own.stop].copy_(input.detach().reshape(-1).view(torch.uint8))
-        machine = schedule.all_gather(self.rank, self.world_size)
-        return self._finish(self._move("all_gather", input, machine, slices, raw, back), async_op)
+        work = _work("all_gather", input, source, target.view(torch.uint8), back)
+        return self._carry_out(work, async_op)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
         """Copy rank `src`'s tensor to all ranks, in place, by a pipelined chain.
@@ -188,16 +176,29 @@ class Communicator:
             raise ValueError(f"src must be a rank, 0 to {self.world_size - 1}, not {src}")
         flat, back = _flatten_in_place(tensor)
         raw = flat.view(torch.uint8)
-        plan = schedule.broadcast(self.rank, self.world_size, src)
-        slices = (Slice(0, raw.numel()),)
-        return self._finish(self._move("broadcast", tensor, plan, slices, raw, back, src=src), async_op)
+        return self._carry_out(_work("broadcast", tensor, raw, raw, back, src=src), async_op)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
         empty = torch.empty(0, dtype=torch.uint8)
-        plan = schedule.all_gather(self.rank, self.world_size)
-        slices = partition(0, self.world_size)
-        self._move("barrier", empty, plan, slices, empty, None).wait()
+        self._backend.run(_work("barrier", empty, empty, empty, None))
+
+    def empty(self, size: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised CPU tensor that peers on this host reduce from without a copy.
+
+        Where ranks share no memory it is an ordinary tensor. A process that this one forks shares the
+        memory: what it writes to the tensor is seen here.
+
+        Args:
+            size: its shape, or the number of elements.
+            dtype: torch's default dtype if None.
+
+        Raises:
+            MemoryError: there is no room for it; says what to do.
+        """
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        dtype = dtype or torch.get_default_dtype()
+        return self._backend.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def gather_bytes(self, payload: bytes) -> list[bytes]:
         """Every rank's byte string (any length), in rank order, at every rank."""
@@ -220,95 +221,48 @@ class Communicator:
 
     def statistics(self) -> EngineStatistics:
         """Counters of the engine and its transport."""
-        return self._engine.statistics()
+        return self._backend.statistics()
 
-    def _all_reduce(
-        self,
-        tensor: torch.Tensor,
-        source: torch.Tensor,
-        output: torch.Tensor,
-        op: str,
-        label: str,
-        back: Callable[[], object] | None,
-    ) -> Handle:
-        checked = check_reducible(tensor.dtype, op)
-        slices = partition(source.numel(), self.world_size)
-        piece = self._chunk_numel(slices, accumulation_dtype(tensor.dtype, checked))
-        operation = RingOperation(
-            self._call("all_reduce", tensor, piece, op=op, label=label),
-            RingMachine(schedule.all_reduce(self.rank, self.world_size), slices, piece),
-            source=source,
-            output=output,
-            op=checked,
-            world_size=self.world_size,
-            finish=self._alone(lambda: output.copy_(source) if output is not source else None, back),
-        )
-        return self._engine.submit(operation)
-
-    def _move(
-        self,
-        kind: str,
-        tensor: torch.Tensor,
-        plan: schedule.Schedule,
-        slices: tuple[Slice, ...],
-        raw: torch.Tensor,
-        back: Callable[[], object] | None,
-        *,
-        src: int | None = None,
-    ) -> Handle:
-        """A collective that moves bytes and combines nothing, in place in `raw` (uint8)."""
-        piece = self._chunk_numel(slices, torch.uint8)
-        operation = RingOperation(
-            self._call(kind, tensor, piece, src=src),
-            RingMachine(plan, slices, piece),
-            source=raw,
-            output=raw,
-            world_size=self.world_size,
-            finish=back,
-        )
-        return self._engine.submit(operation)
-
-    def _call(
-        self,
-        kind: str,
-        tensor: torch.Tensor,
-        chunk_numel: int,
-        *,
-        op: str = "",
-        src: int | None = None,
-        label: str = "",
-    ) -> Call:
-        return Call(
-            kind=kind,
-            op=op,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            src=src,
-            label=label,
-            chunk_numel=chunk_numel,
-        )
-
-    def _chunk_numel(self, slices: tuple[Slice, ...], widest: torch.dtype) -> int:
-        return chunk_numel(slices, widest.itemsize, self._exchange.chunk_bytes)
-
-    def _alone(
-        self, copy: Callable[[], object], back: Callable[[], object] | None
-    ) -> Callable[[], object] | None:
-        """What is left to do at the end: a ring of one has to bring its input to the output too."""
-        if self.world_size > 1:
-            return back
-        return lambda: (copy(), back() if back is not None else None)
-
-    def _finish(self, handle: Handle, async_op: bool) -> Handle | None:
+    def _carry_out(self, work: Work, async_op: bool) -> Handle | None:
         if async_op:
-            return handle
-        handle.wait()
+            return self._backend.start(work)
+        self._backend.run(work)
         return None
+
+
+def _work(
+    kind: str,
+    tensor: torch.Tensor,
+    source: torch.Tensor,
+    output: torch.Tensor,
+    back: Callable[[], object] | None,
+    *,
+    op: ReduceOp = "sum",
+    src: int = 0,
+    label: str = "",
+) -> Work:
+    """A collective on `tensor`, on flat memory; `back` brings its result to the user's."""
+    return Work(
+        kind=kind,
+        source=source,
+        output=output,
+        op=op,
+        src=src,
+        label=label,
+        shape=tensor.shape,
+        dtype=_name(tensor.dtype),
+        finish=back,
+    )
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ValueError(f"this version handles tensors on the CPU; this one is on {tensor.device}")
         if tensor.layout is not torch.strided:
             raise ValueError(f"this version handles dense tensors, not {tensor.layout}")

@@ -1,144 +1,138 @@
-"""The communication thread: runs this rank's collectives, one after the other, over a transport.
+"""Runs this rank's collectives, one after the other, over a transport.
+
+There is no thread for it alone: whoever calls a collective and waits for its result drives the engine
+until it is there. Only what is called asynchronously is driven by a thread in the background, which
+sleeps when nothing is outstanding. One thread drives at a time; others leave notes for it and wake it.
 
 Collectives get a sequence number in the order in which they are called, and send in that order:
 the first chunk of number k + 1 leaves only after the last one of number k. So a link delivers all
 chunks of k before any of k + 1, and a chunk of a collective that was not called here yet can wait
-where it is: the engine stops reading until it has been called. That bounds memory, and it lets the
-tail of one collective overlap with the head of the next.
+where it is: the transport stops reading that link until it has been called. That bounds memory, and it
+lets the tail of one collective overlap with the head of the next.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple
 
-from ringps.collectives.call import Call, disagreement
+import numpy as np
+
+from ringps.collectives.backend import EngineStatistics
+from ringps.collectives.disputes import Docket
 from ringps.collectives.handle import Handle
-from ringps.collectives.ring import Outgoing, RingOperation
-from ringps.config import Timeouts
-from ringps.errors import (
-    ClosedError,
-    CollectiveError,
-    CollectiveMismatchError,
-    CollectiveTimeoutError,
-    FrameError,
-    PeerLeftError,
-    PeerLostError,
-    RingpsError,
-)
+from ringps.collectives.ring import Outgoing, Pool, RingOperation
+from ringps.errors import ClosedError, CollectiveError, FrameError, PeerLostError, RingpsError
 from ringps.ring.topology import Generation
-from ringps.transport.base import Frame, Ticket, Transport, TransportStatistics
-from ringps.wire.header import ChunkHeader, decode, encode
+from ringps.transport.base import Frame, Ticket, Transport
+from ringps.wire.header import ChunkHeader, encode
 
 _FRAMES_PER_TURN = 32
 _FARTHEST_AHEAD = 1 << 20
 """More collectives than the frames of which fit into a link's queues."""
-_CALLS_REMEMBERED = 256
 _IDLE_S = 60.0
 _EXPLANATION_S = 0.5
+"""How long to wait for the reason of a closed connection: whoever sees the process end can say why."""
 _SETTLE_S = 0.001
 """Longest look away from the sockets while the last bytes of a collective leave."""
 
 
-class Referee(Protocol):
-    """Whom the engine asks when ranks seem to disagree."""
+class _Letter(NamedTuple):
+    """A frame that waits to be sent."""
 
-    def dispute(self, sequence: int) -> None:
-        """Ask every rank what it called as number `sequence`; answer by `Engine.verdict`."""
-        ...
+    operation: RingOperation
+    header: bytes
+    outgoing: Outgoing
 
 
-@dataclass(frozen=True)
-class EngineStatistics:
-    """Counters since the engine was made."""
+class _Contested(NamedTuple):
+    """A frame whose sender called something else."""
 
-    collectives: int
-    """Collectives that ended well."""
-
-    refused: Mapping[str, int]
-    """Frames turned away, by reason."""
-
-    transport: TransportStatistics | None
+    peer: int
+    header: ChunkHeader
 
 
 class Engine:
-    """Owns the communication thread and the transport. Thread-safe."""
+    """Drives collectives over the transport, which belongs to it. Thread-safe."""
 
     def __init__(
         self,
         generation: Generation,
-        transport: Transport | None,
-        timeouts: Timeouts,
-        referee: Referee | None,
+        transport: Transport,
+        docket: Docket,
+        pool: Pool,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             generation: who is in the ring.
-            transport: a connected transport, which then belongs to the engine; None for a ring of one.
-            timeouts: limits on waiting.
-            referee: asked when ranks disagree; None: the error names only the neighbours.
+            transport: a connected transport.
+            docket: keeps who called what.
+            pool: where operations take their memory from.
             clock: monotonic seconds.
         """
         self._generation = generation
         self._transport = transport
-        self._timeouts = timeouts
-        self._referee = referee
+        self._docket = docket
+        self._pool = pool
         self._clock = clock
 
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._driven = False
+        """Somebody drives, and nobody else may."""
         self._error: RingpsError | None = None
-        self._last_sequence = 0
-        self._calls: OrderedDict[int, Call] = OrderedDict()
         self._waiting: dict[int, RingOperation] = {}
+        self._submitted: deque[tuple[int, RingOperation]] = deque()
         self._notices: deque[Callable[[], None]] = deque()
-        self._left: dict[int, int] = {}
-        self._refused: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
-
-        # Only the communication thread touches these.
-        self._to_start: deque[tuple[int, RingOperation]] = deque()
-        self._running: deque[tuple[int, RingOperation]] = deque()
-        self._newest_started = 0
-        self._outbox: deque[_Letter] = deque()
-        self._room = True
-        self._tickets: dict[int, list[Ticket]] = {}
-        self._held: tuple[ChunkHeader, Frame] | None = None
         self._completed = 0
+        self._refused: Counter[str] = Counter()
+
+        # Only whoever drives touches these.
+        self._running: dict[int, RingOperation] = {}
+        self._newest_started = 0
+        self._outboxes: dict[int, deque[_Letter]] = {peer: deque() for peer in transport.sends_to}
+        self._leaving: deque[tuple[Ticket, _Letter]] = deque()
+        self._sources = sorted(transport.receives_from)
+        self._contested: _Contested | None = None
+        self._forged: _Contested | None = None
+        self._asked = False
         self._last_progress_s = clock()
-        self._dispute: _Dispute | None = None
         self._suspicion: tuple[PeerLostError, float] | None = None
 
     # Called by any thread.
 
-    def submit(self, operation: RingOperation) -> Handle:
-        """Start a collective after all those submitted before.
+    def run(self, operation: RingOperation) -> None:
+        """Carry a collective out after all those submitted before; returns when it is done.
 
         Raises:
             RingpsError: the ring is broken or closed.
         """
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            self._last_sequence += 1
-            sequence = self._last_sequence
-            if self._transport is None:
-                operation.finish()
-                self._completed = sequence
-                operation.handle._settle()
-                return operation.handle
-            self._calls[sequence] = operation.call
-            if len(self._calls) > _CALLS_REMEMBERED:
-                self._calls.popitem(last=False)
-            self._waiting[sequence] = operation
-            self._notices.append(lambda: self._to_start.append((sequence, operation)))
-            if self._thread is None:
-                self._start_thread()
+        with self._changed:
+            self._register(operation)
+            mine = not self._driven
+            self._driven = True
+        if mine:
+            self._drive(lambda: not operation.handle.done())
+        else:
+            self._transport.wake()
+        operation.handle.wait()
+
+    def submit(self, operation: RingOperation) -> Handle:
+        """Carry a collective out in the background, after all those submitted before.
+
+        Raises:
+            RingpsError: the ring is broken or closed.
+        """
+        with self._changed:
+            self._register(operation)
+            if not self._driven:
+                self._call_background()
+        # Whoever drives now may be about to leave; a wake too many does no harm.
         self._transport.wake()
         return operation.handle
 
@@ -148,7 +142,8 @@ class Engine:
 
     def peer_left(self, rank: int, completed: int) -> None:
         """Rank `rank` called shutdown() after `completed` collectives."""
-        self._notify(lambda: self._left.update({rank: completed}))
+        self._docket.departed(rank, completed)
+        self._notify(self._check_departures)
 
     def verdict(self, sequence: int, calls: tuple[str, ...]) -> None:
         """What each rank called as number `sequence`, in rank order."""
@@ -156,17 +151,7 @@ class Engine:
 
     def describe(self, sequence: int) -> str:
         """This rank's answer to an inquiry about number `sequence`."""
-        with self._lock:
-            call = self._calls.get(sequence)
-            if call is not None:
-                operation = self._waiting.get(sequence)
-                return f"{call.text} | {operation.machine.missing() if operation else 'done'}"
-            if sequence <= self._last_sequence:
-                return "no record any more"
-            if self._last_sequence == 0:
-                return "no collective called yet"
-            last = self._calls[self._last_sequence]
-            return f"no call yet, after number {self._last_sequence}, {last}"
+        return self._docket.describe(sequence)
 
     def drain(self) -> None:
         """Wait for every collective that was submitted.
@@ -174,7 +159,7 @@ class Engine:
         Raises:
             RingpsError: the ring broke, now or before.
         """
-        with self._lock:
+        with self._changed:
             operations = list(self._waiting.values())
         for operation in operations:
             operation.handle.wait()
@@ -188,92 +173,137 @@ class Engine:
 
     def close(self) -> None:
         """End what is under way with ClosedError and free the transport. Idempotent."""
-        with self._lock:
+        self.fail(ClosedError("the ring was shut down by this process"))
+        with self._changed:
+            self._changed.wait_for(lambda: not self._driven)
             thread = self._thread
-            if thread is None:
-                self._error = self._error or ClosedError("the ring was shut down by this process")
-        if thread is not None:
-            self.fail(ClosedError("the ring was shut down by this process"))
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
-        elif self._transport is not None:
-            self._transport.close()
 
     def statistics(self) -> EngineStatistics:
         """Counters so far."""
-        with self._lock:
-            refused = dict(self._refused)
-        transport = self._transport.statistics() if self._transport is not None else None
-        return EngineStatistics(self._completed, refused, transport)
+        return EngineStatistics(self._completed, dict(self._refused), self._transport.statistics())
+
+    # Who drives.
+
+    def _register(self, operation: RingOperation) -> None:
+        """Take an operation in; with the lock held."""
+        if self._error is not None:
+            raise self._error
+        sequence = self._docket.open(operation.call, operation.machine.missing)
+        self._waiting[sequence] = operation
+        self._submitted.append((sequence, operation))
 
     def _notify(self, notice: Callable[[], None]) -> None:
-        with self._lock:
+        """Have `notice` called by whoever drives; that is this thread if nobody does."""
+        with self._changed:
             self._notices.append(notice)
-            if self._thread is None and self._transport is not None:
-                self._start_thread()
-        if self._transport is not None:
+            mine = not self._driven
+            self._driven = True
+        if mine:
+            self._drive(lambda: False)
+        else:
             self._transport.wake()
 
-    def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="ringps-comm", daemon=True)
-        self._thread.start()
+    def _call_background(self) -> None:
+        """With the lock held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_background, name="ringps-comm", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
 
-    # The communication thread.
+    def _run_background(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: not self._driven and (self._waiting or self._error is not None)
+                )
+                if self._error is not None:
+                    return
+                self._driven = True
+            self._drive(lambda: bool(self._waiting))
 
-    def _run(self) -> None:
+    def _drive(self, wanted: Callable[[], bool]) -> None:
+        """Drive as long as `wanted`, and until no notice is left. The caller has set `_driven`."""
         try:
-            while self._error is None:
-                self._turn()
+            # Overflows are the user's, as in torch.
+            with np.errstate(all="ignore"):
+                while True:
+                    while self._error is None and wanted():
+                        self._turn()
+                    self._read_notices()
+                    with self._changed:
+                        if not self._notices or self._error is not None:
+                            self._rest()
+                            return
         except Exception as error:  # a defect of ours must not leave callers waiting
             failure = CollectiveError(f"ringps failed inside: {error!r}; please report it")
             failure.__cause__ = error
-            self._break(failure)
+            self._abandon(failure)
+        except BaseException:
+            self._abandon(ClosedError("a collective was interrupted in this process"))
+            raise
+
+    def _abandon(self, error: RingpsError) -> None:
+        self._break(error)
+        with self._changed:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Stop driving; with the lock held."""
+        self._driven = False
+        if self._error is not None:
+            self._notices.clear()
+            self._changed.notify_all()
+        elif self._waiting:
+            self._call_background()
+
+    # Driving.
 
     def _turn(self) -> None:
-        assert self._transport is not None
-        while self._notices:
-            self._notices.popleft()()
+        self._read_notices()
         if self._error is not None:
             return
-        self._room = True
         self._start_operations()
         self._flush()
         progress = self._receive()
-        unsettled = self._complete()
-        self._check_departures()
         if progress:
             self._last_progress_s = self._clock()
-        elif unsettled is not None and self._patience_s() > 0:
-            unsettled.wait(_SETTLE_S)
-            self._sleep(0.0)
-        elif self._error is None:
-            self._sleep(_IDLE_S)
-
-    def _sleep(self, limit_s: float) -> None:
-        assert self._transport is not None
-        patience_s = min(limit_s, self._patience_s())
-        if self._error is not None:
+        if self._contested is not None and not self._asked:
+            self._asked = True
+            self._docket.ask(self._contested.header.sequence, other=self._contested.peer)
             return
-        try:
-            receiving = self._held is None
-            self._transport.wait(patience_s, receiving=receiving, sending=bool(self._outbox))
-        except PeerLostError as error:
-            # Whoever sees the process end can say why: let that explanation come first.
-            self._suspicion = (error, self._clock() + _EXPLANATION_S)
+        unsettled = self._complete()
+        if progress or not self._running:
+            return
+        if unsettled is None:
+            self._sleep(_IDLE_S)
+        else:
+            unsettled.wait(_SETTLE_S)
+            self._sleep(0.0 if unsettled.done else _SETTLE_S)
+
+    def _read_notices(self) -> None:
+        while self._notices and self._error is None:
+            self._notices.popleft()()
 
     def _start_operations(self) -> None:
-        while self._to_start:
-            if self._running and not self._running[-1][1].machine.sends_given:
-                return
-            sequence, operation = self._to_start.popleft()
-            if not self._running:
+        while self._submitted:
+            if self._running:
+                newest = self._running[self._newest_started]
+                if not newest.machine.sends_given:
+                    return
+            else:
                 self._last_progress_s = self._clock()
-            self._running.append((sequence, operation))
-            self._tickets[sequence] = []
+                self._check_departures()
+                if self._error is not None:
+                    return
+            sequence, operation = self._submitted.popleft()
+            self._running[sequence] = operation
             self._newest_started = sequence
             for outgoing in operation.first_sends():
-                self._queue(sequence, operation, outgoing)
+                self._post(sequence, operation, outgoing)
 
-    def _queue(self, sequence: int, operation: RingOperation, outgoing: Outgoing) -> None:
+    def _post(self, sequence: int, operation: RingOperation, outgoing: Outgoing) -> None:
         header = ChunkHeader(
             generation=self._generation.number,
             sequence=sequence,
@@ -283,221 +313,154 @@ class Engine:
             chunk=outgoing.chunk,
             payload_bytes=outgoing.payload.nbytes,
         )
-        self._outbox.append(_Letter(sequence, encode(header), outgoing.payload, outgoing.borrowed))
+        operation.unsent += 1
+        self._outboxes[outgoing.peer].append(_Letter(operation, encode(header), outgoing))
 
     def _flush(self) -> None:
-        assert self._transport is not None
-        while self._outbox and self._room:
-            letter = self._outbox[0]
-            ticket = self._transport.send(letter.header, letter.payload)
-            if ticket is None:
-                self._room = False
-                return
-            if letter.borrowed:
-                self._tickets[letter.sequence].append(ticket)
-            self._outbox.popleft()
-            self._last_progress_s = self._clock()
+        while self._leaving and self._leaving[0][0].done:
+            self._sent(self._leaving.popleft()[1])
+        for peer, outbox in self._outboxes.items():
+            while outbox:
+                letter = outbox[0]
+                ticket = self._transport.send(peer, letter.header, letter.outgoing.payload)
+                if ticket is None:
+                    break
+                outbox.popleft()
+                self._last_progress_s = self._clock()
+                if ticket.done:
+                    self._sent(letter)
+                else:
+                    # Whoever drives stays until it has left: nobody else may come for a long time.
+                    self._leaving.append((ticket, letter))
+
+    def _sent(self, letter: _Letter) -> None:
+        letter.operation.unsent -= 1
+        if letter.outgoing.scratch is not None:
+            self._pool.give(letter.outgoing.scratch)
 
     def _receive(self) -> bool:
-        assert self._transport is not None
         progress = False
-        for _ in range(_FRAMES_PER_TURN):
-            if self._held is not None:
-                if self._dispute is not None or self._may_be_next(self._held[0]):
-                    return progress
-                header, frame = self._held
-                self._held = None
-            else:
-                received = self._transport.receive()
-                if received is None:
-                    return progress
-                frame = received
-                try:
-                    header = self._check(frame)
-                except FrameError as error:
-                    self._refuse(error.reason)
-                    continue
-            progress = self._dispatch(header, frame) or progress
-            self._flush()
+        for peer in self._sources:
+            for _ in range(_FRAMES_PER_TURN):
+                frame = self._transport.receive(peer, self._admit)
+                if frame is None:
+                    break
+                progress = True
+                self._dispatch(frame)
         return progress
 
-    def _check(self, frame: Frame) -> ChunkHeader:
-        header = decode(frame.header)
+    def _dispatch(self, frame: Frame) -> None:
+        sequence = frame.header.sequence
+        operation = self._running[sequence]
+        outgoing = operation.take(frame.header, frame.payload)
+        if outgoing is not None:
+            self._post(sequence, operation, outgoing)
+            self._flush()
+
+    def _admit(self, peer: int, header: ChunkHeader) -> memoryview | None:
+        """See `transport.base.Admit`."""
+        try:
+            return self._place(peer, header)
+        except FrameError as error:
+            self._refused[error.reason] += 1
+            raise
+
+    def _place(self, peer: int, header: ChunkHeader) -> memoryview | None:
         if header.generation != self._generation.number:
             raise FrameError("other generation")
-        if header.sender != self._generation.left:
-            raise FrameError("not from the left neighbour")
-        if header.sequence > self._newest_started + _FARTHEST_AHEAD:
-            raise FrameError("too far ahead")
-        if header.payload_bytes != frame.payload.nbytes:
-            raise FrameError("payload length")
-        return header
-
-    def _may_be_next(self, header: ChunkHeader) -> bool:
-        """It belongs to a collective not called here yet, and everything before that has come."""
-        return header.sequence > self._newest_started and (
-            not self._running or self._running[-1][1].machine.done
-        )
-
-    def _dispatch(self, header: ChunkHeader, frame: Frame) -> bool:
-        if self._may_be_next(header):
-            self._held = (header, frame)
-            return False
-        if header.sequence > self._newest_started:
-            self._refuse("ahead of its turn")
-            return False
-        operation = next((one for number, one in self._running if number == header.sequence), None)
+        if header.sender != peer:
+            raise FrameError("other sender")
+        operation = self._running.get(header.sequence)
         if operation is None:
-            self._refuse("collective that has ended")
-            return False
+            if header.sequence <= self._newest_started:
+                raise FrameError("collective that has ended")
+            if header.sequence > self._newest_started + _FARTHEST_AHEAD:
+                raise FrameError("too far ahead")
+            if any(one.machine.awaits(peer) for one in self._running.values()):
+                raise FrameError("ahead of its turn")
+            return None
         if header.signature != operation.call.signature:
-            self._held = (header, frame)
-            self._open_dispute(header.sequence, timed_out=False)
-            return False
-        try:
-            outgoing = operation.take(header, frame.payload)
-        except FrameError as error:
-            self._refuse(error.reason)
-            return False
-        if outgoing is not None:
-            self._queue(header.sequence, operation, outgoing)
-        return True
+            if self._forged == (peer, header):
+                self._forged = None
+                raise FrameError("signature")
+            if self._contested is None:
+                self._contested = _Contested(peer, header)
+                self._asked = False
+            return None
+        return operation.place(peer, header)
 
     def _complete(self) -> Ticket | None:
         """End what is done. Returns a ticket that must settle before more can end, or None."""
-        while self._running and self._running[0][1].machine.done:
-            sequence, operation = self._running[0]
-            if self._outbox and self._outbox[0].sequence <= sequence:
+        while self._running:
+            sequence, operation = next(iter(self._running.items()))
+            if not operation.machine.done:
                 return None
-            # Start the next one first: its sends keep the wire busy while these tickets settle.
+            # Start the next one first: its sends keep the wire busy while this one's leave.
             self._start_operations()
             self._flush()
-            tickets = self._tickets[sequence]
-            while tickets and tickets[-1].done:
-                tickets.pop()
-            if tickets:
-                return tickets[-1]
+            if operation.unsent:
+                return next(
+                    (ticket for ticket, letter in self._leaving if letter.operation is operation), None
+                )
             operation.finish()
-            self._running.popleft()
-            del self._tickets[sequence]
-            with self._lock:
+            del self._running[sequence]
+            with self._changed:
                 del self._waiting[sequence]
-                self._completed = sequence
+            self._docket.close(sequence)
+            self._completed = sequence
             operation.handle._settle()
         return None
 
-    def _refuse(self, reason: str) -> None:
-        with self._lock:
-            self._refused[reason] += 1
-
     # When something is wrong.
+
+    def _sleep(self, limit_s: float) -> None:
+        patience_s = min(limit_s, self._patience_s())
+        if self._error is not None:
+            return
+        sending = [peer for peer, outbox in self._outboxes.items() if outbox]
+        try:
+            self._transport.wait(patience_s, receiving=self._sources, sending=sending)
+        except PeerLostError as error:
+            if self._suspicion is None:
+                self._suspicion = (error, self._clock() + _EXPLANATION_S)
 
     def _patience_s(self) -> float:
         """Seconds until something must happen by itself; opens a dispute when nothing moves."""
-        now_s = self._clock()
         if self._suspicion is not None:
             error, deadline_s = self._suspicion
-            if now_s >= deadline_s:
+            left_s = deadline_s - self._clock()
+            if left_s <= 0:
                 self._break(error)
-            return max(0.0, deadline_s - now_s)
-        if self._dispute is not None:
-            if now_s >= self._dispute.deadline_s:
-                self._judge(self._dispute.sequence, ())
-                return 0.0
-            return self._dispute.deadline_s - now_s
-        if not self._running:
-            return _IDLE_S
-        left_s = self._last_progress_s + self._timeouts.op_timeout_s - now_s
-        if left_s > 0:
-            return left_s
-        self._open_dispute(self._running[0][0], timed_out=True)
-        return 0.0
-
-    def _open_dispute(self, sequence: int, *, timed_out: bool) -> None:
-        opened_s = deadline_s = self._clock()
-        if self._referee is not None:
-            self._referee.dispute(sequence)
-            # The referee gives up by itself; twice its limit is for one that is gone.
-            deadline_s += 2 * self._timeouts.inquiry_timeout_s
-        self._dispute = _Dispute(sequence, timed_out, opened_s, deadline_s)
+            return max(0.0, left_s)
+        current = next(iter(self._running))
+        left_s, overdue = self._docket.patience_s(current, self._last_progress_s)
+        if overdue is not None:
+            self._break(overdue)
+        return left_s
 
     def _judge(self, sequence: int, calls: tuple[str, ...]) -> None:
         """Act on who called what; `calls` is empty if nobody could tell."""
-        dispute = self._dispute if self._dispute and self._dispute.sequence == sequence else None
-        if disagreement(calls):
-            self._break(
-                CollectiveMismatchError(
-                    f"the ranks disagree on collective number {sequence}; every rank must call the "
-                    f"same collectives in the same order:\n{self._table(calls)}"
-                )
-            )
-        elif dispute is None:
-            return  # another rank's question, and no answer to it concerns us
-        elif dispute.timed_out:
-            self._dispute = None
-            if self._last_progress_s <= dispute.opened_s:
-                self._break(
-                    CollectiveTimeoutError(
-                        f"collective number {sequence} made no progress for "
-                        f"{self._timeouts.op_timeout_s} s (op_timeout_s):\n"
-                        + (self._table(calls) or f"  this rank: {self.describe(sequence)}")
-                    )
-                )
-        elif calls:  # nobody stands by the chunk that differed
-            self._refuse("signature")
-            self._held = self._dispute = None
-        else:
-            left = self._generation.describe(self._generation.left)
-            self._break(
-                CollectiveMismatchError(
-                    f"collective number {sequence}: this rank called {self._calls.get(sequence)}, "
-                    f"{left} called another; nobody answered who called what"
-                )
-            )
-
-    def _table(self, calls: tuple[str, ...]) -> str:
-        return "\n".join(f"  {self._generation.describe(rank)}: {call}" for rank, call in enumerate(calls))
+        error = self._docket.rule(sequence, calls, self._last_progress_s)
+        if error is not None:
+            self._break(error)
+        elif self._contested is not None and self._contested.header.sequence == sequence and self._asked:
+            self._forged, self._contested = self._contested, None  # nobody stands by it
 
     def _check_departures(self) -> None:
         """A collective that a departed rank never called cannot end."""
-        for rank, completed in self._left.items():
-            if self._last_sequence > completed and rank != self._generation.rank:
-                call = self._calls.get(completed + 1)
-                self._break(
-                    PeerLeftError(
-                        f"{self._generation.describe(rank)} shut down after {completed} collectives, "
-                        f"this rank called one more: {call}",
-                        rank=rank,
-                        worker_id=self._generation.members[rank].worker_id,
-                    )
-                )
-                return
+        departure = self._docket.departure()
+        if departure is not None:
+            self._break(departure)
 
     def _break(self, error: RingpsError) -> None:
         """Stop for good. Buffers are free of the transport before anybody is told."""
-        if self._transport is not None:
-            self._transport.close()
-        with self._lock:
+        self._transport.close()
+        with self._changed:
             if self._error is None:
                 self._error = error
             waiting = list(self._waiting.values())
             self._waiting.clear()
+            self._submitted.clear()
+        self._running.clear()
         for operation in waiting:
             operation.handle._settle(self._error)
-
-
-class _Letter(NamedTuple):
-    """A frame that waits to be sent."""
-
-    sequence: int
-    header: bytes
-    payload: memoryview
-    borrowed: bool
-
-
-@dataclass(frozen=True)
-class _Dispute:
-    sequence: int
-    timed_out: bool
-    opened_s: float
-    deadline_s: float

@@ -5,6 +5,8 @@ All of them raise `ClosedError` before `ringps.init()` and after `ringps.shutdow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ringps.collectives.current import current
@@ -72,6 +74,23 @@ def all_gather(output: torch.Tensor, input: torch.Tensor, async_op: bool = False
 def broadcast(tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
     """Give every rank the values of rank `src`, any dtype, in place. Errors as for `all_reduce`."""
     return current().broadcast(tensor, src, async_op)
+
+
+def empty(size: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised CPU tensor that peers on this host reduce from without a copy.
+
+    Where ranks share no memory it is an ordinary tensor. A process forked from this one (a `DataLoader`
+    worker) shares it: what it writes there is seen here.
+
+    Args:
+        size: shape, or number of elements.
+        dtype: torch's default dtype if None.
+
+    Raises:
+        MemoryError: there is no room for it; says what to do.
+        ClosedError: no ring.
+    """
+    return current().empty(size, dtype)
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""The result of an asynchronous collective."""
+"""The result of a collective."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import threading
 
 from ringps.errors import RingpsError
 
+_settling = threading.Lock()
+"""Of all handles: it is held for a few instructions, and most handles are waited for by nobody."""
+
 
 class Handle:
     """A collective that is under way. Its tensors must not be touched until `wait` returns."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._finished = threading.Event()
+        self._done = False
+        self._finished: threading.Event | None = None
         self._error: RingpsError | None = None
 
     def done(self) -> bool:
         """It has ended, well or not."""
-        return self._finished.is_set()
+        return self._done
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until the result is in the output tensor.
@@ -32,14 +36,23 @@ class Handle:
             CollectiveError: ranks disagreed, or nothing moved for `op_timeout_s`; likewise.
             ClosedError: this process shut the ring down.
         """
-        if not self._finished.wait(timeout_s):
-            raise TimeoutError(f"{self._name} has not ended within {timeout_s} s")
+        if not self._done:
+            with _settling:
+                if self._finished is None:
+                    self._finished = threading.Event()
+                finished = self._finished
+            # If it has been settled in between, then before the event was there to be set.
+            if not self.done() and not finished.wait(timeout_s):
+                raise TimeoutError(f"{self._name} has not ended within {timeout_s} s")
         if self._error is not None:
             raise self._error
 
     def _settle(self, error: RingpsError | None = None) -> None:
-        self._error = error
-        self._finished.set()
+        with _settling:
+            self._error = error
+            self._done = True
+            if self._finished is not None:
+                self._finished.set()
 
     def __repr__(self) -> str:
         state = "under way" if not self.done() else "failed" if self._error else "done"

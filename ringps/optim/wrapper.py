@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, Literal, NoReturn, SupportsIndex
 
 import torch
 
@@ -66,7 +66,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         *,
         sampler: ElasticBatchSampler | None = None,
         accumulate_steps: int = 1,
-        bucket_cap_bytes: int = 8 * MIB,
+        bucket_cap_bytes: int | Literal["auto"] = 8 * MIB,
         first_bucket_bytes: int = MIB,
         communicator: Communicator | None = None,
     ) -> None:
@@ -77,7 +77,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             model: the module whose parameters it optimizes.
             sampler: weights the ranks' gradients by their samples.
             accumulate_steps: reduce and count a step at every so many backward passes.
-            bucket_cap_bytes: most bytes of gradients in a bucket.
+            bucket_cap_bytes: most bytes of gradients in a bucket. "auto" measures a few sizes on the first
+                steps and keeps the best. Rounding depends on how gradients are cut into buckets, so two
+                runs have the same bits only if they use the same size.
             first_bucket_bytes: the same for the bucket of the first gradients.
             communicator: the ring; the process's own by default.
 

@@ -17,22 +17,24 @@ from ringps.ring.schedule import Action, Content, Schedule
 
 
 class SendChunk(NamedTuple):
-    """Send elements start..stop as chunk `chunk` of step `step`."""
+    """Send elements start..stop to rank `peer` as chunk `chunk` of step `step`."""
 
     step: int
     chunk: int
     start: int
     stop: int
     content: Content
+    peer: int
 
 
 class TakeChunk(NamedTuple):
-    """Do `action` with the chunk that came for elements start..stop; then send `forward`."""
+    """Do `action` with the chunk that came from rank `peer` for elements start..stop; then send `forward`."""
 
     action: Action
     start: int
     stop: int
     content: Content
+    peer: int
     forward: SendChunk | None
 
 
@@ -47,10 +49,16 @@ class RingMachine:
         self._chunk_numel = chunk_numel
         self._receives = {receive.step: receive for receive in schedule.receives}
         self._arrived: dict[int, set[int]] = {step: set() for step in self._receives}
+        self._claimed: dict[int, set[int]] = {step: set() for step in self._receives}
         self._to_receive = sum(self._chunks(receive.slice) for receive in schedule.receives)
         self._to_forward = sum(
             self._chunks(receive.slice) for receive in schedule.receives if receive.forward is not None
         )
+
+    @property
+    def accumulates(self) -> bool:
+        """Each step builds upon the one before."""
+        return self._schedule.accumulates
 
     @property
     def done(self) -> bool:
@@ -67,27 +75,46 @@ class RingMachine:
         for send in self._schedule.first:
             for index in range(self._chunks(send.slice)):
                 part = chunk(self._slices[send.slice], index, self._chunk_numel)
-                yield SendChunk(send.step, index, *part, send.content)
+                yield SendChunk(send.step, index, *part, send.content, send.peer)
 
     def expect(self, step: int, index: int) -> TakeChunk:
         """What to do with chunk `index` of step `step`; changes nothing.
 
         Raises:
-            FrameError: this rank receives no such chunk, or has it already.
+            FrameError: this rank receives no such chunk, or has it already, or it has been claimed.
         """
         receive = self._receives.get(step)
         if receive is None or not 0 <= index < self._chunks(receive.slice):
             raise FrameError("no such chunk")
-        if index in self._arrived[step]:
+        if index in self._claimed[step]:
             raise FrameError("duplicate chunk")
         part = chunk(self._slices[receive.slice], index, self._chunk_numel)
         forward = None
         if receive.forward is not None:
-            forward = SendChunk(receive.forward.step, index, *part, receive.forward.content)
-        return TakeChunk(receive.action, *part, receive.content, forward)
+            ahead = receive.forward
+            forward = SendChunk(ahead.step, index, *part, ahead.content, ahead.peer)
+        return TakeChunk(receive.action, *part, receive.content, receive.peer, forward)
+
+    def ready(self, step: int, index: int) -> bool:
+        """Whether what chunk `index` of step `step` builds upon has come; if not, it has to wait."""
+        if not self._schedule.accumulates:
+            return True
+        return all(index in arrived for earlier, arrived in self._arrived.items() if earlier < step)
+
+    def claim(self, step: int, index: int) -> None:
+        """The chunk is on its way and must not come again."""
+        self._claimed[step].add(index)
+
+    def awaits(self, peer: int) -> bool:
+        """Whether a chunk is to come from rank `peer` that has not been claimed."""
+        return any(
+            receive.peer == peer and len(self._claimed[step]) < self._chunks(receive.slice)
+            for step, receive in self._receives.items()
+        )
 
     def took(self, step: int, index: int) -> None:
         """The chunk has come and `expect`'s instruction has been carried out."""
+        self._claimed[step].add(index)
         self._arrived[step].add(index)
         self._to_receive -= 1
         if self._receives[step].forward is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-_CHUNKS_PER_SLICE = 4
-_LEAST_CHUNK_BYTES = 2 * 1024 * 1024
+_CHUNKS_PER_SLICE = 2
+_LEAST_CHUNK_BYTES = 512 * 1024
 
 
 class Slice(NamedTuple):
@@ -32,8 +32,8 @@ def partition(numel: int, world_size: int) -> tuple[Slice, ...]:
 
 
 def chunk_numel(slices: tuple[Slice, ...], itemsize_bytes: int, limit_bytes: int) -> int:
-    """Elements per chunk: a quarter of a slice, so that a step overlaps with the next one, but at
-    least 2 MiB, below which the cost of a chunk outweighs that, and at most `limit_bytes`."""
+    """Elements per chunk: half a slice, so that a step overlaps with the next one, but at least
+    512 KiB, below which the cost of a chunk outweighs that, and at most `limit_bytes`."""
     longest_bytes = max(part.numel for part in slices) * itemsize_bytes
     chunk_bytes = min(max(longest_bytes // _CHUNKS_PER_SLICE, _LEAST_CHUNK_BYTES), limit_bytes)
     return max(1, chunk_bytes // itemsize_bytes)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from ringps.collectives import Communicator
-from ringps.collectives.engine import Engine
+from ringps.collectives.ring_backend import RingBackend
 from ringps.config import Config
 from ringps.errors import PeerLostError
 from ringps.ring.topology import Generation, Member
@@ -48,39 +48,39 @@ class MemoryRing:
         members = tuple(
             Member(worker_id=rank, host="memory", address=f"memory:{rank}") for rank in range(world_size)
         )
-        self._engines: list[Engine] = []
+        self._backends: list[RingBackend] = []
         self.communicators: list[Communicator] = []
         for rank in range(world_size):
             generation = Generation(number=1, members=members, rank=rank)
             link = links[rank] if world_size > 1 else None
-            engine = Engine(generation, link, config.timeouts, self)
-            self._engines.append(engine)
-            self.communicators.append(Communicator(generation, engine, config.exchange))
+            backend = RingBackend(generation, link, config.exchange, config.timeouts, self)
+            self._backends.append(backend)
+            self.communicators.append(Communicator(generation, backend))
 
     def dispute(self, sequence: int) -> None:
         """Answer a rank's inquiry to all ranks, as the coordinator would."""
-        calls = tuple(engine.describe(sequence) for engine in self._engines)
-        for engine in self._engines:
-            engine.verdict(sequence, calls)
+        calls = tuple(backend.describe(sequence) for backend in self._backends)
+        for backend in self._backends:
+            backend.verdict(sequence, calls)
 
     def lose(self, rank: int, reason: str) -> None:
         """Let every other rank know that `rank` is lost."""
         error = PeerLostError(rank=rank, worker_id=rank, host="memory", reason=reason)
-        for other, engine in enumerate(self._engines):
+        for other, backend in enumerate(self._backends):
             if other != rank:
-                engine.fail(error)
+                backend.fail(error)
 
     def leave(self, rank: int) -> None:
         """Let every other rank know that `rank` has shut down."""
-        completed = self._engines[rank].completed
-        for other, engine in enumerate(self._engines):
+        completed = self._backends[rank].completed
+        for other, backend in enumerate(self._backends):
             if other != rank:
-                engine.peer_left(rank, completed)
+                backend.peer_left(rank, completed)
 
     def close(self) -> None:
         """End all communication threads. Idempotent."""
-        for engine in self._engines:
-            engine.close()
+        for backend in self._backends:
+            backend.close()
 
     def __enter__(self) -> Self:
         return self

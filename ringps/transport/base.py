@@ -1,18 +1,28 @@
-"""What a transport does: frames to the right neighbour, frames from the left one, in order."""
+"""What a transport does: frames to and from the ranks that it links, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from ringps.wire.header import ChunkHeader
+
+Admit = Callable[[int, ChunkHeader], memoryview | None]
+"""Asked once for each frame, with the peer that it comes from and its header: where the payload shall go.
+
+Returns writable memory of `payload_bytes` bytes, or None for "not now": the frame stays where it is, and
+those behind it too. Raises FrameError to turn the frame away; the transport drops it then.
+"""
 
 
 class Frame(NamedTuple):
-    """A frame as it came: nothing in it has been checked yet."""
+    """A frame that was admitted."""
 
-    header: bytes
+    header: ChunkHeader
     payload: memoryview
-    """Writable memory that belongs to the receiver alone."""
+    """Where it was to go; a transport that owns what it receives may give that memory instead,
+    writable and the receiver's alone."""
 
 
 class Ticket(Protocol):
@@ -24,7 +34,7 @@ class Ticket(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Block until done, but no longer than `timeout_s`."""
+        """Block until done, but no longer than `timeout_s`; may return at once."""
         ...
 
 
@@ -42,6 +52,9 @@ class TransportStatistics:
 
     refused: Mapping[str, int]
     """Frames and connections that the transport itself turned away, by reason."""
+
+    sockets: Mapping[int, str] = field(default_factory=dict)
+    """By the rank that they lead to: how many sockets a link has, and why."""
 
 
 @dataclass
@@ -63,7 +76,9 @@ class TransportCounters:
         self.frames_received += 1
         self.bytes_received += payload_bytes
 
-    def statistics(self, refused: Mapping[str, int]) -> TransportStatistics:
+    def statistics(
+        self, refused: Mapping[str, int], sockets: Mapping[int, str] | None = None
+    ) -> TransportStatistics:
         """The counters as they are now."""
         return TransportStatistics(
             frames_sent=self.frames_sent,
@@ -71,35 +86,46 @@ class TransportCounters:
             bytes_sent=self.bytes_sent,
             bytes_received=self.bytes_received,
             refused=refused,
+            sockets=sockets or {},
         )
 
 
 class Transport(Protocol):
-    """A link to the right neighbour and one from the left.
+    """Links to and from some of the ranks, the neighbours on the ring among them.
 
-    All methods but `wake` are called from one thread. Frames that are sent arrive whole, in order
-    and at most once, or not at all; a link that is broken stays broken.
+    `send`, `receive` and `wait` are called by one thread at a time. Frames that are sent arrive whole, in
+    order and at most once, or not at all; a link that is broken stays broken.
     """
 
-    def send(self, header: bytes, payload: memoryview) -> Ticket | None:
-        """Queue a frame for the right neighbour without copying `payload`, and without blocking.
+    @property
+    def sends_to(self) -> frozenset[int]:
+        """Ranks that frames can be sent to."""
+        ...
+
+    @property
+    def receives_from(self) -> frozenset[int]:
+        """Ranks that frames come from."""
+        ...
+
+    def send(self, peer: int, header: bytes, payload: memoryview) -> Ticket | None:
+        """Queue a frame for rank `peer` without copying `payload`, and without blocking.
 
         Returns:
-            A ticket; `payload` must not be changed before it is done. None if the queue is full:
-            nothing was sent, try again after `wait(sending=True)`.
+            A ticket; `payload` must not be changed before it is done. None if there is no room:
+            nothing was sent, try again after `wait`.
         """
         ...
 
-    def receive(self) -> Frame | None:
-        """The next frame from the left neighbour, or None if there is none now."""
+    def receive(self, peer: int, admit: Admit) -> Frame | None:
+        """The next frame from rank `peer` that `admit` takes, or None if there is none now."""
         ...
 
-    def wait(self, timeout_s: float, *, receiving: bool, sending: bool) -> None:
-        """Sleep until a frame is there (if `receiving`), the queue has room (if `sending`),
-        `wake` was called, or `timeout_s` is over.
+    def wait(self, timeout_s: float, *, receiving: Collection[int], sending: Collection[int]) -> None:
+        """Sleep until something came from a rank in `receiving` (that is not held back by `admit`), there
+        is room towards one in `sending`, `wake` was called, or `timeout_s` is over. May return early.
 
         Raises:
-            PeerLostError: the link to the right neighbour broke; once, and frames may be lost.
+            PeerLostError: a link broke; once for each rank, and frames may be lost.
         """
         ...
 
@@ -108,7 +134,7 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop what is queued and free everything. Idempotent."""
+        """Drop what is queued and free everything. Idempotent; not during another thread's `wait`."""
         ...
 
     def statistics(self) -> TransportStatistics:

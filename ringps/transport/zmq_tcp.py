@@ -13,6 +13,7 @@ import math
 import os
 import threading
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -21,12 +22,12 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ringps.config import Exchange
-from ringps.errors import PeerLostError, SetupError
+from ringps.errors import FrameError, PeerLostError, SetupError
 from ringps.ring.topology import Generation
-from ringps.transport.base import Frame, Ticket, TransportCounters, TransportStatistics
+from ringps.transport.base import Admit, Frame, Ticket, TransportCounters, TransportStatistics
 from ringps.transport.keys import JobKey
 from ringps.transport.zap import ZapResponder
-from ringps.wire.header import HEADER_BYTES
+from ringps.wire.header import HEADER_BYTES, ChunkHeader, decode
 
 _DOMAIN = b"ringps-data"
 _CURVE_OVERHEAD_BYTES = 64
@@ -155,8 +156,17 @@ class ZmqTcpTransport:
         self._wake_lock = threading.Lock()
         self._counters = TransportCounters()
         self._refused: Counter[str] = Counter()
+        self._held: tuple[ChunkHeader, memoryview] | None = None
 
-    def send(self, header: bytes, payload: memoryview) -> Ticket | None:
+    @property
+    def sends_to(self) -> frozenset[int]:
+        return frozenset({self._generation.right})
+
+    @property
+    def receives_from(self) -> frozenset[int]:
+        return frozenset({self._generation.left})
+
+    def send(self, peer: int, header: bytes, payload: memoryview) -> Ticket | None:
         try:
             self._push.send(header, zmq.SNDMORE | zmq.NOBLOCK)
         except zmq.Again:
@@ -167,29 +177,50 @@ class ZmqTcpTransport:
         assert tracker is not None
         return _ZmqTicket(tracker)
 
-    def receive(self) -> Frame | None:
+    def receive(self, peer: int, admit: Admit) -> Frame | None:
         for _ in range(_GARBAGE_PER_CALL):
             try:
-                header = self._pull.recv(zmq.NOBLOCK, copy=False)
+                header, payload = self._held or self._next()
+                self._held = None
             except zmq.Again:
                 return None
-            if not header.more:
-                self._refused["message without payload"] += 1
+            except FrameError as error:
+                self._refused[error.reason] += 1
                 continue
-            payload = self._pull.recv(copy=False)
-            if payload.more:
-                while self._pull.recv(copy=False).more:
-                    pass
-                self._refused["message of more than two parts"] += 1
+            try:
+                if admit(peer, header) is None:
+                    self._held = header, payload
+                    return None
+            except FrameError:
                 continue
-            self._counters.received(len(payload))
-            return Frame(header.bytes, payload.buffer)
+            self._counters.received(payload.nbytes)
+            return Frame(header, payload)
         return None
 
-    def wait(self, timeout_s: float, *, receiving: bool, sending: bool) -> None:
+    def _next(self) -> tuple[ChunkHeader, memoryview]:
+        """The next message, in libzmq's memory.
+
+        Raises:
+            zmq.Again: there is none now.
+            FrameError: it is no frame.
+        """
+        first = self._pull.recv(zmq.NOBLOCK, copy=False)
+        if not first.more:
+            raise FrameError("message without payload")
+        second = self._pull.recv(copy=False)
+        if second.more:
+            while self._pull.recv(copy=False).more:
+                pass
+            raise FrameError("message of more than two parts")
+        header = decode(first.bytes)
+        if header.payload_bytes != len(second):
+            raise FrameError("payload length")
+        return header, second.buffer
+
+    def wait(self, timeout_s: float, *, receiving: Collection[int], sending: Collection[int]) -> None:
         poller: list[tuple[Any, int]]
         poller = [(self._wake_fd, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
-        if receiving:
+        if receiving and self._held is None:
             poller.append((self._pull, zmq.POLLIN))
         if sending:
             poller.append((self._push, zmq.POLLOUT))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ ROW = {
 QUICK = ("--sizes", "1K,64K", "--seconds", "0.05", "--min-repeats", "3")
 
 
-def start(*command: str) -> str:
-    """Run a Python program; what it printed to stdout."""
+def start(*command: str | Path, fails: bool = False) -> str:
+    """Run a Python program; what it printed to stdout, or to stderr if it is to fail."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -31,31 +32,120 @@ def start(*command: str) -> str:
         timeout=LIMIT_S - 10,
         check=False,
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert (done.returncode != 0) == fails, f"{done.stdout}\n{done.stderr}"
+    return done.stderr if fails else done.stdout
+
+
+def check(row: dict[str, Any]) -> None:
+    """What holds for every row, whatever it measures."""
+    n = row["world_size"]
+    assert set(row) == ROW
+    assert row["time_us_min"] <= row["time_us"] <= row["time_us_max"]
+    assert row["algbw_gbps"] == pytest.approx(row["bytes"] / row["time_us"] / 1e3, rel=1e-2)
+    assert row["busbw_gbps"] == pytest.approx(row["algbw_gbps"] * 2 * (n - 1) / n, rel=1e-2)
+    assert {"cpu", "cores", "torch", "pyzmq", "commit", "transport"} <= set(row["env"])
 
 
 def test_all_reduce_starts_its_own_workers(tmp_path: Path) -> None:
     results = tmp_path / "rows.json"
-    out = start("benchmarks/allreduce.py", "-n", "2,3", *QUICK, "--json", str(results))
+    command = ("benchmarks/allreduce.py", "-n", "2,3", "--transport", "tcp", "--json", results)
+    out = start(*command, *QUICK)
     rows = json.loads(results.read_text())
     points = {(row["world_size"], row["bytes"], row["backend"]) for row in rows}
     assert points == {
         (n, size, backend) for n in (2, 3) for size in (1024, 65536) for backend in ("ringps-tcp", "gloo")
     }
     for row in rows:
-        n = row["world_size"]
-        assert set(row) == ROW
-        assert row["time_us_min"] <= row["time_us"] <= row["time_us_max"]
-        assert row["algbw_gbps"] == pytest.approx(row["bytes"] / row["time_us"] / 1e3, rel=1e-2)
-        assert row["busbw_gbps"] == pytest.approx(row["algbw_gbps"] * 2 * (n - 1) / n, rel=1e-2)
-        assert {"cpu", "cores", "torch", "pyzmq", "commit"} <= set(row["env"])
+        check(row)
+        assert (row["env"]["transport"], row["repeats"] >= 3) == ("tcp", True)
     titles, *lines = out.splitlines()
     assert titles.split()[:3] == ["n", "size", "backend"]
     assert len(lines) == len(rows)
 
 
 def test_all_reduce_runs_under_the_launcher() -> None:
-    out = start("-m", "ringps_launcher", "run", "-n", "2", "benchmarks/allreduce.py", *QUICK)
+    command = ("run", "-n", "2", "--transport", "tcp", "benchmarks/allreduce.py")
+    out = start("-m", "ringps_launcher", *command, *QUICK)
     assert out.count("ringps-tcp") == 2
     assert out.count("[0]") == len(out.splitlines())
+
+
+WRONG = """
+import sys
+sys.path.insert(0, "benchmarks")
+import allreduce, torch.distributed
+allreduce.BASELINE = "broken"
+torch.distributed.all_reduce = lambda tensor: tensor.zero_()
+allreduce.main()
+"""
+
+
+def test_a_wrong_sum_ends_the_benchmark(tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG)
+    command = ("run", "-n", "2", "--transport", "tcp", script)
+    assert "elements are wrong at 1024 bytes" in start("-m", "ringps_launcher", *command, *QUICK, fails=True)
+
+
+def test_training_is_compared_and_its_memory_looked_at(tmp_path: Path) -> None:
+    results = tmp_path / "rows.json"
+    command = ["benchmarks/train.py", "-n", "2", "--transport", "tcp", "--models", "gpt-tiny,mlp-tiny"]
+    command += ["--memory-model", "mlp-tiny", "--seconds", "0.05", "--min-repeats", "3"]
+    out = start(*command, "--json", results)
+    rows = json.loads(results.read_text())
+    backends = ("none", "ddp", "ddp-view", "ringps-tcp")
+    assert [(row["env"]["model"], row["backend"]) for row in rows] == [
+        (model, backend) for model in ("gpt-tiny", "mlp-tiny") for backend in backends
+    ]
+    for row in rows:
+        check(row)
+        assert row["bytes"] == 4 * row["env"]["parameters"] > 100_000
+        without = next(
+            one for one in rows if (one["env"]["model"], one["backend"]) == (row["env"]["model"], "none")
+        )
+        if row is without:
+            assert row["env"]["added_us"] is None
+        else:
+            assert row["env"]["added_us"] == pytest.approx(row["time_us"] - without["time_us"])
+    looked_at = [row for row in rows if "extra_memory_gradients" in row["env"]]
+    assert [(row["env"]["model"], row["backend"]) for row in looked_at] == [("mlp-tiny", "ringps-tcp")]
+    assert len(out.splitlines()) == 1 + len(rows)
+
+
+SPOILED = """
+import sys
+sys.path.insert(0, "benchmarks")
+import models, ringps, torch, variants
+ringps.init()
+workload = models.WORKLOADS["mlp-tiny"]
+torch.manual_seed(0)
+one, other = (variants.make("ringps", workload, workload.build()) for _ in range(2))
+one.losses, other.losses = [1.0, 2.0], [1.0, 2.00019]
+variants.check_losses(one, other)
+variants.check_equal(one)
+try:
+    other.losses[0] = 1.00011
+    variants.check_losses(one, other)
+except SystemExit as error:
+    print("losses:", error)
+if ringps.rank() == 1:
+    with torch.no_grad():
+        one.model[0].weight[3, 5] = -one.model[0].weight[3, 5]
+variants.check_equal(one)
+"""
+
+
+def test_parameters_or_losses_that_differ_end_the_benchmark(tmp_path: Path) -> None:
+    script = tmp_path / "spoiled.py"
+    script.write_text(SPOILED)
+    command = (sys.executable, "-m", "ringps_launcher", "run", "-n", "2", "--transport", "tcp", str(script))
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S - 10, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("step 1: the loss is 1.0 with ringps, 1.00011 with ringps") == 2
+    assert done.stderr.count("ringps: 1 parameters differ between the ranks") == 2
+
+
+def test_the_suite_knows_its_parts() -> None:
+    assert "no benchmark nonsense" in start("benchmarks/suite.py", "--only", "nonsense", fails=True)

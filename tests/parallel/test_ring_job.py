@@ -40,7 +40,7 @@ ringps.shutdown()
         finished = run("run", "-n", str(workers), *extra, "--events", events, path)
         assert finished.code == 0, finished.err
         assert sorted(finished.out.splitlines()) == [f"[{rank}] sum {total}" for rank in range(workers)]
-        assert f"{workers} workers on 1 host, transport tcp (auto: " in finished.err
+        assert f"{workers} workers on 1 host, transport shm (auto: " in finished.err
     recorded = [json.loads(line) for line in events.read_text().splitlines()]
     formed = [event for event in recorded if event["event"] == "generation"]
     assert [member["rank"] for member in formed[0]["members"]] == [0, 1, 2, 3]

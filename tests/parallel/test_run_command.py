@@ -255,7 +255,7 @@ def unreadable_key(directory: Path) -> Path:
         (["run", "-n", "-3", "SCRIPT"], 2, "at least 1"),
         (["run", "-n", "two", "SCRIPT"], 2, "'two' is not a whole number"),
         (["run", "-n", "1", "--grace", "-1", "SCRIPT"], 2, "--grace"),
-        (["run", "-n", "1", "--transport", "shm", "SCRIPT"], 2, "choose from 'auto', 'tcp'"),
+        (["run", "-n", "1", "--transport", "rdma", "SCRIPT"], 2, "choose from 'auto', 'shm', 'tcp', 'zmq'"),
         (["run", "-n", "1", "--min-workers", "1", "SCRIPT"], 2, "--min-workers"),
         (["run", "-n", "1", "--join", "nowhere", "--key-file", "k", "SCRIPT"], 2, "HOST:PORT"),
         (["run", "-n", "1", "--join", "127.0.0.1:1", "SCRIPT"], 2, "go together"),

@@ -101,7 +101,7 @@ def test_other_chunk_sizes_are_a_disagreement() -> None:
         MemoryRing(2, configs[0], transports=links) as ring,
         MemoryRing(2, configs[1], transports=loopback_ring(2)) as other,
     ):
-        ring.communicators[1]._exchange = other.communicators[1]._exchange
+        ring._backends[1]._exchange = other._backends[1]._exchange
         raised = run_each(ring, lambda comm: comm.all_reduce(torch.ones(100)))
     assert all(isinstance(error, CollectiveMismatchError) for error in raised)
 
@@ -143,13 +143,13 @@ def test_a_timeout_that_progress_overtakes_is_none() -> None:
     config = Config(timeouts=Timeouts(op_timeout_s=0.2, inquiry_timeout_s=30.0))
     asked = threading.Event()
     with MemoryRing(2, config) as ring:
-        ring._engines[0]._referee = Silent(asked)
+        ring._backends[0]._docket._referee = Silent(asked)
         tensors = [torch.full((6,), float(rank + 1)) for rank in range(2)]
         first = ring.communicators[0].all_reduce(tensors[0], async_op=True)
         assert asked.wait(20)
         ring.communicators[1].all_reduce(tensors[1])
         first.wait(20)
-        ring._engines[0].verdict(1, ("same | done", "same | done"))
+        ring._backends[0].verdict(1, ("same | done", "same | done"))
         both = [comm.all_reduce(odd.clone(), async_op=True) for comm in ring.communicators]
         for handle in both:
             handle.wait(20)
@@ -168,13 +168,13 @@ class Silent:
 def test_without_an_answer_the_neighbours_are_named() -> None:
     config = Config(timeouts=Timeouts(inquiry_timeout_s=0.1))
     with MemoryRing(2, config) as ring:
-        for engine in ring._engines:
-            engine._referee = Silent(threading.Event())
+        for backend in ring._backends:
+            backend._docket._referee = Silent(threading.Event())
         calls = [torch.ones(3), torch.ones(4)]
         raised = run_each(ring, lambda comm: comm.all_reduce(calls[comm.rank]))
     for rank, error in enumerate(raised):
         assert isinstance(error, CollectiveMismatchError)
-        assert f"rank {1 - rank} (worker {1 - rank} on memory) called another" in str(error)
+        assert f"rank {1 - rank} (worker {1 - rank} on memory) something else" in str(error)
 
 
 def test_a_lost_rank_ends_what_is_under_way_and_all_that_follows() -> None:
@@ -195,7 +195,7 @@ def test_a_rank_that_left_is_an_error_only_for_those_who_need_it() -> None:
     with MemoryRing(2, CONFIG) as ring:
         assert run_each(ring, lambda comm: comm.all_reduce(odd.clone())) == [None, None]
         ring.leave(1)
-        ring._engines[0].drain()
+        ring._backends[0].drain()
         with pytest.raises(PeerLeftError, match=r"rank 1 .* shut down after 1 collectives, .* all_reduce"):
             ring.communicators[0].all_reduce(odd.clone())
 
@@ -222,15 +222,10 @@ def test_a_wait_may_give_up_and_come_back() -> None:
 def test_a_false_alarm_is_refused_and_changes_nothing() -> None:
     """A chunk with a wrong signature that no rank stands by."""
     links = loopback_ring(2)
+    forge_first(links[1])
     with MemoryRing(2, CONFIG, transports=links) as ring:
         tensors = [torch.full((6,), float(rank + 1)) for rank in range(2)]
         handle = ring.communicators[1].all_reduce(tensors[1], async_op=True)
-        while (frame := links[0].receive()) is None:
-            links[0].wait(1.0, receiving=True, sending=False)
-        header = decode(frame.header)
-        forged = encode(header._replace(signature=header.signature ^ 1))
-        links[1].send(forged, frame.payload)
-        links[1].send(frame.header, frame.payload)
         ring.communicators[0].all_reduce(tensors[0])
         handle.wait(20)
         assert ring.communicators[0].statistics().refused == {"signature": 1}
@@ -238,10 +233,23 @@ def test_a_false_alarm_is_refused_and_changes_nothing() -> None:
     assert torch.equal(tensors[0], tensors[1])
 
 
+def forge_first(link: LoopbackTransport) -> None:
+    """Before its first frame, send the same one with another signature."""
+    send = link.send
+
+    def forge(peer: int, header: bytes, payload: memoryview) -> object:
+        link.send = send  # type: ignore[method-assign]
+        fields = decode(header)
+        send(peer, encode(fields._replace(signature=fields.signature ^ 1)), payload)
+        return send(peer, header, payload)
+
+    link.send = forge  # type: ignore[method-assign, assignment]
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_frame_twice_and_out_of_turn_changes_nothing(world_size: int) -> None:
     """Each link repeats every frame, and between frames sends one of a collective to come."""
-    config = Config(exchange=Exchange(chunk_bytes=64, send_queue_chunks=100_000))
+    config = Config(exchange=Exchange(chunk_bytes=64, send_queue_chunks=100_000, doubling_bytes=0))
     links = loopback_ring(world_size, capacity_frames=100_000)
     for link in links:
         repeat_everything(link)
@@ -262,11 +270,11 @@ def test_every_frame_twice_and_out_of_turn_changes_nothing(world_size: int) -> N
 def repeat_everything(link: LoopbackTransport) -> None:
     send = link.send
 
-    def repeat(header: bytes, payload: memoryview) -> object:
+    def repeat(peer: int, header: bytes, payload: memoryview) -> object:
         fields = decode(header)
-        send(header, payload)
-        send(encode(fields._replace(sequence=fields.sequence + 7)), payload)
-        return send(header, payload)
+        send(peer, header, payload)
+        send(peer, encode(fields._replace(sequence=fields.sequence + 7)), payload)
+        return send(peer, header, payload)
 
     link.send = repeat  # type: ignore[method-assign, assignment]
 
@@ -277,7 +285,7 @@ def test_a_defect_inside_reaches_the_caller() -> None:
 
     links = loopback_ring(2)
 
-    def explode() -> None:
+    def explode(peer: int, admit: object) -> None:
         raise Broken
 
     links[0].receive = explode  # type: ignore[method-assign, assignment]

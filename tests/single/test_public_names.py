@@ -15,7 +15,7 @@ import ringps
 from ringps import errors
 
 FUNCTIONS = {
-    "all_gather", "all_reduce", "barrier", "broadcast", "generation", "init", "local_rank", "rank",
+    "all_gather", "all_reduce", "barrier", "broadcast", "empty", "generation", "init", "local_rank", "rank",
     "reduce_scatter", "shutdown", "worker_id", "world_size",
 }  # fmt: skip
 CLASSES = {"Config", "DistributedOptimizer", "ElasticBatchSampler", "Exchange", "Timeouts"}

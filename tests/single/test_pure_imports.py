@@ -25,6 +25,7 @@ PURE_MODULES = (
     "ringps.membership.plan",
     "ringps.membership.quorum",
     "ringps.membership.roster",
+    "ringps.transport.tcp_handshake",
     "ringps_launcher.job",
     "ringps_launcher.lines",
     "ringps_launcher.plan",

@@ -39,39 +39,55 @@ def test_chunks_are_neither_tiny_nor_above_the_limit(
 ) -> None:
     slices = partition(numel, world_size)
     chunk_bytes = chunk_numel(slices, itemsize_bytes, limit_bytes) * itemsize_bytes
-    assert min(limit_bytes, 2**21) - itemsize_bytes < chunk_bytes <= limit_bytes
-    if chunk_bytes > 2**21:
-        assert chunk_count(slices[0], chunk_bytes // itemsize_bytes) >= 4
+    assert min(limit_bytes, 2**19) - itemsize_bytes < chunk_bytes <= limit_bytes
+    if chunk_bytes > 2**19:
+        assert chunk_count(max(slices, key=lambda part: part.numel), chunk_bytes // itemsize_bytes) >= 2
 
 
-def simulate(plans: list[Schedule], slices: tuple[Slice, ...], chunk_numel: int, order: st.DataObject):
-    """Run all ranks' machines; values are sets of ranks per element. Delivery order is arbitrary
-    among the links, first-in first-out on each."""
-    world_size = len(plans)
+Values = list[tuple[int, ...]]
+"""For each element the ranks whose inputs are in it, in the order in which they were combined."""
+
+
+def simulate(
+    plans: list[Schedule], slices: tuple[Slice, ...], chunk_numel: int, order: st.DataObject
+) -> list[list[tuple[int, ...] | None]]:
+    """Run all ranks' machines. Delivery order is arbitrary among the links, first-in first-out on each."""
     machines = [RingMachine(plan, slices, chunk_numel) for plan in plans]
     numel = slices[-1].stop
-    result: list[list[frozenset[int] | None]] = [[None] * numel for _ in plans]
-    links: list[list[tuple[SendChunk, list[frozenset[int]]]]] = [[] for _ in plans]
+    result: list[list[tuple[int, ...] | None]] = [[None] * numel for _ in plans]
+    has: list[Values] = [[(rank,)] * numel for rank in range(len(plans))]
+    links: dict[tuple[int, int], list[tuple[SendChunk, Values]]] = {}
 
-    def own(rank: int, send: SendChunk) -> list[frozenset[int]]:
-        return [frozenset({rank})] * (send.stop - send.start)
+    def put(rank: int, send: SendChunk, values: Values) -> None:
+        links.setdefault((rank, send.peer), []).append((send, values))
 
     for rank, machine in enumerate(machines):
         for send in machine.start():
-            links[(rank + 1) % world_size].append((send, own(rank, send)))
-    while any(links):
-        rank = order.draw(st.sampled_from([i for i, link in enumerate(links) if link]))
-        send, values = links[rank].pop(0)
+            put(rank, send, [(rank,)] * (send.stop - send.start))
+    while any(links.values()):
+        deliverable = [
+            ends
+            for ends, link in links.items()
+            if link and machines[ends[1]].ready(link[0][0].step, link[0][0].chunk)
+        ]
+        sender, rank = order.draw(st.sampled_from(deliverable))
+        send, values = links[sender, rank].pop(0)
         take = machines[rank].expect(send.step, send.chunk)
-        assert (take.start, take.stop, take.content) == (send.start, send.stop, send.content)
+        assert take[1:5] == (send.start, send.stop, send.content, sender)
         machines[rank].took(send.step, send.chunk)
         if take.action is not Action.STORE:
-            assert all(rank not in value for value in values), "a rank's input combined twice"
-            values = [value | {rank} for value in values]
+            own = has[rank][take.start : take.stop]
+            for ours, theirs in zip(own, values, strict=True):
+                assert not set(ours) & set(theirs), "a rank's input combined twice"
+            if plans[rank].accumulates:
+                pairs = zip(own, values, strict=True) if rank < sender else zip(values, own, strict=True)
+                values = has[rank][take.start : take.stop] = [first + second for first, second in pairs]
+            else:
+                values = [theirs + ours for theirs, ours in zip(values, own, strict=True)]
         if take.action is not Action.COMBINE:
             result[rank][take.start : take.stop] = values
         if take.forward is not None:
-            links[(rank + 1) % world_size].append((take.forward, values))
+            put(rank, take.forward, values)
     assert all(machine.done and machine.sends_given for machine in machines)
     return result
 
@@ -82,9 +98,40 @@ def test_all_reduce_combines_every_rank_once_everywhere(
 ) -> None:
     plans = [schedule.all_reduce(rank, world_size) for rank in range(world_size)]
     result = simulate(plans, partition(numel, world_size), chunk_numel, data)
-    everyone = frozenset(range(world_size))
     if world_size > 1:
-        assert result == [[everyone] * numel] * world_size
+        assert all(sorted(value or ()) == list(range(world_size)) for value in result[0])
+        assert result == [result[0]] * world_size
+
+
+@given(st.integers(1, 17), st.integers(0, 3), st.data())
+def test_recursive_doubling_combines_every_rank_once_and_in_rank_order(
+    world_size: int, numel: int, data: st.DataObject
+) -> None:
+    plans = [schedule.recursive_doubling(rank, world_size) for rank in range(world_size)]
+    result = simulate(plans, (Slice(0, numel),), data.draw(st.integers(1, 4)), data)
+    if world_size > 1:
+        assert result == [[tuple(range(world_size))] * numel] * world_size
+
+
+@given(st.integers(2, 4096), st.data())
+def test_recursive_doubling_takes_a_logarithmic_number_of_steps(world_size: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, world_size - 1))
+    plan = schedule.recursive_doubling(rank, world_size)
+    steps = [receive.step for receive in plan.receives]
+    assert steps == sorted(set(steps))
+    power_of_two = world_size & (world_size - 1) == 0
+    assert max(steps) < world_size.bit_length() - 1 + (0 if power_of_two else 2)
+    for receive in plan.receives:
+        theirs = schedule.recursive_doubling(receive.peer, world_size)
+        sends = [*theirs.first, *(r.forward for r in theirs.receives if r.forward is not None)]
+        assert (receive.step, 0, receive.content, rank) in sends
+
+
+@pytest.mark.parametrize("rank", [-1, 5])
+def test_a_rank_outside_of_the_ring_has_no_schedule(rank: int) -> None:
+    for make in (schedule.all_reduce, schedule.recursive_doubling):
+        with pytest.raises(ValueError, match=r"is not in 0\.\.4"):
+            make(rank, 5)
 
 
 @given(world_sizes, st.integers(0, 40), st.integers(1, 8), st.data())
@@ -94,11 +141,11 @@ def test_reduce_scatter_leaves_slice_i_on_rank_i(
     slices = partition(numel, world_size)
     plans = [schedule.reduce_scatter(rank, world_size) for rank in range(world_size)]
     result = simulate(plans, slices, chunk_numel, data)
-    everyone = frozenset(range(world_size))
+    everyone = list(range(world_size))
     if world_size > 1:
         for rank, part in enumerate(slices):
-            expected = [everyone if i in range(*part) else None for i in range(numel)]
-            assert result[rank] == expected
+            for i, value in enumerate(result[rank]):
+                assert value is None if i not in range(*part) else sorted(value or ()) == everyone
 
 
 @given(st.integers(2, 9), st.data())
@@ -107,7 +154,7 @@ def test_broadcast_passes_through_everyone_but_the_last(world_size: int, data: s
     plans = [schedule.broadcast(rank, world_size, src) for rank in range(world_size)]
     result = simulate(plans, (Slice(0, 10),), 3, data)
     for rank in range(world_size):
-        assert result[rank] == ([None] * 10 if rank == src else [frozenset({src})] * 10)
+        assert result[rank] == ([None] * 10 if rank == src else [(src,)] * 10)
     assert sum(bool(plan.first) for plan in plans) == 1
     forwards = sum(receive.forward is not None for plan in plans for receive in plan.receives)
     assert forwards == world_size - 2
@@ -120,7 +167,19 @@ def test_what_a_rank_sends_is_what_its_neighbour_expects(world_size: int, data: 
         plan = kind(rank, world_size)
         sends = [*plan.first, *(r.forward for r in plan.receives if r.forward is not None)]
         neighbour = kind((rank + 1) % world_size, world_size)
-        assert sends == [(r.step, r.slice, r.content) for r in neighbour.receives]
+        right = (rank + 1) % world_size
+        assert sends == [(r.step, r.slice, r.content, right) for r in neighbour.receives]
+        assert {r.peer for r in neighbour.receives} == {rank}
+        assert plan.peers == {right, (rank - 1) % world_size}
+
+
+def test_a_step_that_builds_upon_another_waits_for_it() -> None:
+    machine = RingMachine(schedule.recursive_doubling(0, 4), (Slice(0, 2),), 1)
+    assert machine.ready(0, 0)
+    assert not machine.ready(1, 0)
+    machine.took(0, 0)
+    assert machine.ready(1, 0)
+    assert not machine.ready(1, 1)
 
 
 def test_first_hop_of_a_reduction_carries_inputs_and_later_ones_partial_sums() -> None:
@@ -153,12 +212,23 @@ def test_schedules_are_as_recorded(golden: object) -> None:
     golden("schedules.txt", "\n".join(lines) + "\n")  # type: ignore[operator]
 
 
+def test_recursive_doubling_is_as_recorded(golden: object) -> None:
+    lines = []
+    for world_size in (1, 2, 3, 4, 6, 8):
+        for rank in range(world_size):
+            plan = schedule.recursive_doubling(rank, world_size)
+            lines += describe("recursive_doubling", plan, rank, world_size)
+    golden("recursive_doubling.txt", "\n".join(lines) + "\n")  # type: ignore[operator]
+
+
 def describe(name: str, plan: Schedule, rank: int, world_size: int) -> list[str]:
     lines = [f"{name} rank {rank} of {world_size}"]
-    lines += [f"  step {s.step}: send slice {s.slice} ({s.content.value})" for s in plan.first]
+    for s in plan.first:
+        lines.append(f"  step {s.step}: send slice {s.slice} ({s.content.value}) to rank {s.peer}")
     for r in plan.receives:
-        line = f"  step {r.step}: receive slice {r.slice} ({r.content.value}), {r.action.value}"
+        line = f"  step {r.step}: receive slice {r.slice} ({r.content.value}) from rank {r.peer}"
+        line += f", {r.action.value}"
         if r.forward:
-            line += f", send it in step {r.forward.step} ({r.forward.content.value})"
+            line += f", send it in step {r.forward.step} ({r.forward.content.value}) to rank {r.forward.peer}"
         lines.append(line)
     return lines

@@ -1,0 +1,192 @@
+"""From a generation to what carries its collectives out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from ringps.collectives.backend import Backend
+from ringps.collectives.choice import Choice, choose
+from ringps.collectives.disputes import Docket, Referee
+from ringps.collectives.hierarchical import Hierarchical
+from ringps.collectives.ring_backend import RingBackend
+from ringps.collectives.serial import SerialBackend
+from ringps.collectives.shm.executor import SharedMemory
+from ringps.collectives.shm.group import HEAP_START, LocalGroup
+from ringps.collectives.shm.links import LocalListener
+from ringps.collectives.shm.memory import Segment
+from ringps.collectives.shm.remote import allow_readers
+from ringps.collectives.shm.signals import Peer
+from ringps.config import Config, TransportName
+from ringps.errors import PeerLostError, SetupError
+from ringps.ring.lanes import hosts, lanes
+from ringps.ring.topology import Generation
+from ringps.transport.keys import JobKey
+from ringps.transport.tcp import TcpListener, TcpTransport
+from ringps.transport.zmq_tcp import ZmqTcpListener
+from ringps.worker_env import WorkerEnv
+
+_MOST_SHARED_BYTES = 64 << 30
+"""Address space of a segment, at most; a machine's memory, if that is less."""
+
+
+class Formed(NamedTuple):
+    """A ring that is ready."""
+
+    backend: Backend
+    summary: str
+    """What it is, in a line for people."""
+
+
+class Doors:
+    """Where other members find this worker, on its host and from elsewhere, before it knows them."""
+
+    def __init__(self, env: WorkerEnv, token: JobKey, config: Config, *, encrypt: bool) -> None:
+        """Listen.
+
+        Args:
+            env: this worker.
+            token: the generation's.
+            config: settings.
+            encrypt: whether what leaves the host is to be encrypted.
+
+        Raises:
+            SetupError: the address is not this machine's, or the system allows no Unix sockets.
+        """
+        self._config = config
+        self._asked: TransportName = config.transport
+        self._local = LocalListener(token, env.worker_id) if self._asked in ("auto", "shm") else None
+        self._tcp: TcpListener | ZmqTcpListener | None = None
+        try:
+            if encrypt or self._asked == "zmq":
+                self._tcp = ZmqTcpListener(env.address, token, config.exchange, encrypt=encrypt)
+            elif self._asked != "shm":
+                self._tcp = TcpListener(env.address, token, config.exchange)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """For the other members: what transport this worker was asked to use, and where it listens."""
+        return f"{self._asked} {self._tcp.address if self._tcp is not None else ''}"
+
+    def form(self, generation: Generation, referee: Referee) -> Formed:
+        """Connect to those that this rank exchanges data with. The doors are closed then.
+
+        Args:
+            generation: all members, with their `address` as above.
+            referee: asked when ranks disagree.
+
+        Raises:
+            SetupError: the members want different transports, or one that cannot be had.
+            PeerLostError: a member is gone.
+        """
+        asked, addresses = zip(*(one.address.split(" ", 1) for one in generation.members), strict=True)
+        members = tuple(
+            replace(member, address=address)
+            for member, address in zip(generation.members, addresses, strict=True)
+        )
+        view = replace(generation, members=members)
+        by_host = hosts(view)
+        choice = choose(asked, by_host)
+        backend = self._build(choice, view, referee)
+        count = len(by_host)
+        summary = (
+            f"{view.world_size} workers on {count} host{'s' if count > 1 else ''}, "
+            f"transport {choice.way} ({choice.reason})"
+        )
+        return Formed(backend, summary)
+
+    def close(self) -> None:
+        """Give up. Idempotent."""
+        if self._local is not None:
+            self._local.close()
+        if self._tcp is not None:
+            self._tcp.close()
+            self._tcp = None
+
+    def _build(self, choice: Choice, view: Generation, referee: Referee) -> Backend:
+        config = self._config
+        if choice.way == "alone":
+            self.close()
+            return RingBackend(view, None, config.exchange, config.timeouts, None)
+        if choice.way == "shm":
+            executor = SharedMemory(self._meet(view))
+            self.close()
+            docket = Docket(view, config.timeouts, referee)
+            return SerialBackend(view, executor, docket, config.timeouts)
+        if choice.way == "hierarchical":
+            docket = Docket(view, config.timeouts, referee)
+            between = Hierarchical(
+                self._meet(view), lambda lane_referee: self._lane(view, lane_referee), view, docket
+            )
+            self.close()
+            return SerialBackend(view, between, docket, config.timeouts)
+        backend = self._over_tcp(view, referee)
+        self.close()
+        return backend
+
+    def _over_tcp(self, view: Generation, referee: Referee | None) -> Backend:
+        assert self._tcp is not None
+        tcp, self._tcp = self._tcp, None
+        transport = tcp.connect(view)
+        if isinstance(transport, TcpTransport):
+            try:
+                transport.establish(self._config.timeouts.connect_timeout_s)
+            except BaseException:
+                transport.close()
+                raise
+        return RingBackend(view, transport, self._config.exchange, self._config.timeouts, referee)
+
+    def _lane(self, view: Generation, referee: Referee) -> Backend | None:
+        """The ring between hosts that this rank is in, if any."""
+        for lane in lanes(hosts(view)):
+            if view.rank in lane:
+                members = tuple(view.members[rank] for rank in lane)
+                between = Generation(number=view.number, members=members, rank=lane.index(view.rank))
+                return self._over_tcp(between, referee)
+        return None
+
+    def _meet(self, view: Generation) -> LocalGroup:
+        """Join this host's members."""
+        assert self._local is not None
+        ranks = view.local_ranks
+        limit_s = self._config.timeouts.connect_timeout_s
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        allow_readers()
+        try:
+            segment = Segment.create(max(min(memory_bytes, _MOST_SHARED_BYTES), 4 * HEAP_START))
+            peers = self._local.connect(view, ranks, segment, limit_s)
+            group = LocalGroup(
+                segment,
+                peers,
+                ranks.index(view.rank),
+                small_bytes=self._config.exchange.doubling_bytes,
+            )
+        except (MemoryError, OSError) as error:
+            raise SetupError(f"cannot share memory on this host: {error}") from error
+        group.signals.attend = _give_up_after(limit_s, view)
+        group.probe()
+        return group
+
+
+def _give_up_after(limit_s: float, generation: Generation) -> Callable[[Peer, float], float]:
+    """What a wait does while the group forms."""
+
+    def attend(peer: Peer, since_s: float) -> float:
+        left_s = since_s + limit_s - time.monotonic()
+        if left_s <= 0:
+            member = generation.members[peer.rank]
+            raise PeerLostError(
+                rank=peer.rank,
+                worker_id=member.worker_id,
+                host=member.host,
+                reason="did not answer its neighbours on this host while the ring formed",
+            )
+        return left_s
+
+    return attend

@@ -1,0 +1,47 @@
+"""Every collective of a ring whose members are all on one host."""
+
+from __future__ import annotations
+
+import torch
+
+from ringps.collectives.backend import Work
+from ringps.collectives.call import Call
+from ringps.collectives.shm.group import LocalGroup
+from ringps.collectives.shm.signals import Signals
+from ringps.errors import RingpsError
+
+
+class SharedMemory:
+    """A `collectives.serial.Executor` over a `LocalGroup`, which belongs to it."""
+
+    def __init__(self, group: LocalGroup) -> None:
+        self._group = group
+
+    @property
+    def signals(self) -> Signals:
+        return self._group.signals
+
+    def perform(self, sequence: int, call: Call, work: Work, *, spin: bool) -> None:
+        group = self._group
+        group.spin = spin
+        key = sequence, call.signature
+        if work.kind == "all_reduce":
+            group.all_reduce(key, work.source, work.output, work.op, group.size)
+        elif work.kind == "reduce_scatter":
+            group.reduce_scatter(key, work.source, work.output, work.op, group.size)
+        elif work.kind == "all_gather":
+            group.all_gather(key, work.source, work.output)
+        elif work.kind == "broadcast":
+            group.broadcast(key, work.output, work.src)
+        else:
+            assert work.kind == "barrier"
+            group.barrier(key)
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        return self._group.allocate(size_bytes)
+
+    def interrupt(self, error: RingpsError) -> None:
+        """Whoever waits is told by `signals`."""
+
+    def close(self) -> None:
+        self._group.close()

@@ -1,0 +1,445 @@
+"""Collectives among the processes of one host, through shared memory.
+
+Every byte of shared memory has one writer, so a process that died or hangs can spoil nothing. A rank's
+segment holds, one after the other:
+
+====== ==============================================================================
+header a page of 64-bit words: the phase, and what it called (two descriptors)
+slots  2 x 64 KiB: small inputs
+outbox 2 x 1 MiB: results of its slice
+heap   the rest, sparse: tensors of `ringps.empty`, staged inputs
+====== ==============================================================================
+
+*Small tensors*: every rank puts its input into a slot and reduces all slots itself; one phase.
+*Large tensors*: rank i reduces slice i straight from all inputs, piece by piece, to its outbox and its
+own output; in the next phase the others copy the piece from the outbox. Inputs are only read, and only
+until the last piece is reduced; outputs are written by their owner alone. Where an output lies in shared
+memory, all pieces but the last are copied from there: nobody returns, and may change its output, before
+all have posted the last piece, and so have copied those before.
+
+Slots and outboxes take turns. A rank posts phase p + 1 only after it has done with what phase p offered; so
+who has waited for p + 1 may overwrite what was offered in p, and no barrier is needed at the end.
+
+Elements are combined in the order of `ring.schedule`: of recursive doubling where it would be used, and
+else of the ring. So the bits are those of the same members over TCP.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ringps.collectives.shm.memory import PAGE_BYTES, Heap, Segment
+from ringps.collectives.shm.signals import Peer, Signals
+from ringps.collectives.shm.sources import Mapped, Private, Source, Staged
+from ringps.config import MOST_DOUBLING_BYTES
+from ringps.errors import CollectiveError
+from ringps.kernels.cpu import ReduceOp
+from ringps.kernels.fold import Block, Fold, fold_of
+from ringps.ring.partition import Slice, partition
+
+SLOT_BYTES = MOST_DOUBLING_BYTES
+"""Largest input that is copied to all, and the largest that every rank may reduce by itself."""
+PIECE_BYTES = 1 << 20
+"""What a rank reduces between two phases: small enough to be in cache when its peers copy it."""
+_BLOCK_BYTES = 256 * 1024
+"""What is reduced at once: all inputs' blocks fit into a core's cache."""
+
+_SLOTS = PAGE_BYTES
+_OUTBOX = _SLOTS + 2 * SLOT_BYTES
+HEAP_START = _OUTBOX + 2 * PIECE_BYTES
+"""Bytes of a segment that are used from the beginning."""
+
+_DESCRIPTORS = (8, 16)
+"""First words of the two descriptors: sequence, signature, kind and position of the source, position of
+the output or 0."""
+_COOKIE = 24
+"""A random word, the address of a copy of it, and from there on who can read that (by position)."""
+_NOTHING, _SHARED, _PRIVATE, _STAGED = range(4)
+
+MAX_MEMBERS = 256
+"""What the header has words for."""
+
+
+class Disagreement(Exception):
+    """A peer called something else. Not for users: the backend finds out who called what."""
+
+
+class Part(NamedTuple):
+    """Bytes start..stop of member `local`'s source go to `to` and what follows."""
+
+    local: int
+    start: int
+    stop: int
+    to: int
+
+
+class LocalGroup:
+    """The members on one host. Used by one thread at a time."""
+
+    def __init__(self, segment: Segment, peers: Sequence[Peer], local: int, *, small_bytes: int) -> None:
+        """
+        Args:
+            segment: this rank's.
+            peers: the others, connected.
+            local: this rank's position among all.
+            small_bytes: largest input that every rank reduces by itself; at most `SLOT_BYTES`.
+        """
+        self.size = len(peers) + 1
+        self._small_bytes = small_bytes
+        self.local = local
+        self.segment = segment
+        self.peers = peers
+        self._words = memoryview(segment.memory).cast("Q")
+        self.signals = Signals(self._words, peers)
+        self._heap = Heap(segment, HEAP_START)
+        self._by_local = {peer.local: peer for peer in peers}
+        # In the order in which this rank's slice is combined.
+        self._order = [(local + 1 + hop) % self.size for hop in range(self.size)]
+        self.spin = False
+        """Look for a moment before going to sleep; for calls whose caller waits."""
+        self.direct = False
+        """Every member can read every other's memory."""
+        self._meetings = 0
+        self._pieces = 0
+        self._slot = 0
+        self._staging: torch.Tensor | None = None
+        self._scratch = [np.empty(_BLOCK_BYTES, np.uint8) for _ in range(2)]
+        segment.reserve(0, HEAP_START)
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        """See `Heap.allocate`. Any thread."""
+        return self._heap.allocate(size_bytes)
+
+    def probe(self) -> None:
+        """Find out whether members can read each other's memory. A collective, the first one."""
+        cookie = secrets.randbits(64)
+        copy = np.array([cookie], dtype=np.uint64)
+        self._words[_COOKIE], self._words[_COOKIE + 1] = cookie, copy.ctypes.data
+        self.meet(None)
+        seen = np.zeros(1, dtype=np.uint64)
+        for peer in self.peers:
+            try:
+                peer.remote.read(peer.words[_COOKIE + 1], seen.ctypes.data, 8)
+                readable = int(seen[0]) == peer.words[_COOKIE]
+            except OSError:
+                readable = False
+            self._words[_COOKIE + 2 + peer.local] = readable
+        self.phase()
+        members = [self._words, *(peer.words for peer in self.peers)]
+        readers = sum(words[_COOKIE + 2 + local] for words in members for local in range(self.size))
+        self.direct = readers == self.size * (self.size - 1)
+        # Nobody may change its words before all have counted.
+        self.phase()
+
+    # The collectives. `call` is (sequence, signature); tensors are flat, contiguous and on the CPU.
+
+    def barrier(self, call: tuple[int, int]) -> None:
+        """Return when all have come."""
+        self.meet(call)
+
+    def all_reduce(
+        self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor, op: ReduceOp, world_size: int
+    ) -> None:
+        """Every member's `output`, which may be `source`, becomes the reduction of all sources."""
+        fold = fold_of(source.dtype, op)
+        if source.nbytes <= self._small_bytes:
+            self._all_reduce_small(call, fold, source, output, world_size)
+            return
+        slices = partition(source.numel(), self.size)
+        own, out = fold.of(source), fold.of(output)
+        sources = self.open(call, source, fold, output)
+        outputs = self._outputs(fold, source.numel())
+        pieces = list(self.pieces_of(fold, slices))
+        for piece in pieces:
+            self.stage(sources, own, piece)
+            mine, box, last = piece[self.local], self.next_box(), piece is pieces[-1]
+            through_box = last or outputs[self.local] is None
+            result = self.box(fold, box, mine.numel) if through_box else out[mine.start : mine.stop]
+            for start, stop, partial, block in self.reduced(fold, sources, mine, result):
+                fold.finish(partial, block, world_size)
+                if through_box:
+                    out[start:stop] = block
+            self.phase()
+            self.collect(fold, piece, box, out, () if last else outputs)
+
+    def reduce_scatter(
+        self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor, op: ReduceOp, world_size: int
+    ) -> None:
+        """`output` becomes this member's slice of the reduction of all sources."""
+        fold = fold_of(source.dtype, op)
+        slices = partition(source.numel(), self.size)
+        own, out, base = fold.of(source), fold.of(output), slices[self.local].start
+        sources = self.open(call, source, fold)
+        for piece in self.pieces_of(fold, slices):
+            self.stage(sources, own, piece)
+            mine = piece[self.local]
+            target = out[mine.start - base : mine.stop - base]
+            for _, _, partial, block in self.reduced(fold, sources, mine, target):
+                fold.finish(partial, block, world_size)
+        self.phase()
+
+    def all_gather(self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor) -> None:
+        """`output` becomes all sources (uint8), one after the other."""
+        size = source.numel()
+        out = output.numpy()
+        out[self.local * size : (self.local + 1) * size] = source.numpy()
+        self.copy(call, source, [Part(peer.local, 0, size, peer.local * size) for peer in self.peers], out)
+
+    def broadcast(self, call: tuple[int, int], tensor: torch.Tensor, src: int) -> None:
+        """`tensor` (uint8) becomes that of member `src`."""
+        wanted = [] if src == self.local else [Part(src, 0, tensor.numel(), 0)]
+        self.copy(call, tensor, wanted, tensor.numpy())
+
+    def copy(
+        self, call: tuple[int, int], source: torch.Tensor, wanted: Sequence[Part], out: np.ndarray
+    ) -> None:
+        """Take what this member wants of the others' sources.
+
+        Args:
+            call: as ever.
+            source: flat uint8, of the same size at every member; not to be changed where others read it.
+            wanted: parts of it at other members.
+            out: uint8; where they go.
+        """
+        size = source.numel()
+        if size <= SLOT_BYTES:
+            place = self._next_slot()
+            self.segment.bytes[place : place + size] = source.numpy()
+            self.meet(call)
+            for local, start, stop, to in wanted:
+                theirs = self._by_local[local].segment.bytes
+                out[to : to + stop - start] = theirs[place + start : place + stop]
+            return
+        sources = self.open(call, source, fold_of(torch.uint8, "max"))
+        own, address = source.numpy(), out.ctypes.data
+        staged = any(isinstance(one, Staged) for one in sources)
+        whole = self.size * PIECE_BYTES if staged else size
+        for begin in range(0, size, whole):
+            end = min(begin + whole, size)
+            self.stage(sources, own, [Slice(begin, end)])
+            for local, start, stop, to in wanted:
+                first, last = max(start, begin), min(stop, end)
+                if first < last:
+                    into = out[to + first - start : to + last - start]
+                    block = sources[local].block(first, last, into, address + to + first - start)
+                    if block is not into:
+                        into[:] = block
+        self.phase()
+
+    # Their parts, which the hierarchical collectives use too.
+
+    def _all_reduce_small(
+        self, call: tuple[int, int], fold: Fold, source: torch.Tensor, output: torch.Tensor, world_size: int
+    ) -> None:
+        numel = source.numel()
+        place = self._next_slot()
+        mine = fold.block(self.segment.memory, place, numel)
+        own = fold.of(source)
+        mine[:] = own
+        self.meet(call)
+        inputs = [
+            mine if local == self.local else fold.block(self._by_local[local].segment.memory, place, numel)
+            for local in range(self.size)
+        ]
+        out = own if output is source else fold.of(output)
+        partial = out if fold.partial_dtype is fold.dtype else fold.partial_of(fold.scratch(numel))
+        fold.pairwise(inputs, partial)
+        fold.finish(partial, out, world_size)
+
+    def open(
+        self, call: tuple[int, int], source: torch.Tensor, fold: Fold, output: torch.Tensor | None = None
+    ) -> list[Source]:
+        """Meet the others and get at their sources; by position. Let them get at `output`."""
+        self.meet(call, source, output)
+        words = _DESCRIPTORS[self._meetings & 1]
+        numel, size = source.numel(), source.nbytes
+        sources: list[Source] = []
+        for local in range(self.size):
+            if local == self.local:
+                mine_staged = self._words[words + 2] == _STAGED
+                sources.append(Staged(fold.of(source)) if mine_staged else Mapped(fold.of(source)))
+                continue
+            peer = self._by_local[local]
+            kind, position = peer.words[words + 2], peer.words[words + 3]
+            if kind == _PRIVATE:
+                sources.append(Private(peer, position, fold.itemsize))
+                continue
+            room = size if kind == _SHARED else self.size * PIECE_BYTES
+            if kind not in (_SHARED, _STAGED) or position + room > peer.segment.size_bytes:
+                raise CollectiveError(f"rank {peer.rank} offers memory that it does not have")
+            if kind == _SHARED:
+                sources.append(Mapped(fold.block(peer.segment.memory, position, numel)))
+            else:
+                staging = fold.block(peer.segment.memory, position, room // fold.itemsize)
+                sources.append(Staged(staging, staging))
+        return sources
+
+    def meet(
+        self,
+        call: tuple[int, int] | None,
+        source: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+    ) -> None:
+        """Say what this rank calls and where its source is, and wait until all have.
+
+        Raises:
+            Disagreement: somebody calls something else.
+        """
+        self._meetings += 1
+        sequence, signature = call or (0, 0)
+        first = _DESCRIPTORS[self._meetings & 1]
+        words = self._words
+        words[first], words[first + 1] = sequence, signature
+        words[first + 2], words[first + 3] = self._expose(source)
+        words[first + 4] = 0 if output is None else self._offset(output) or 0
+        self.phase()
+        for peer in self.peers:
+            if peer.words[first] != sequence or peer.words[first + 1] != signature:
+                raise Disagreement
+
+    def _expose(self, source: torch.Tensor | None) -> tuple[int, int]:
+        if source is None:
+            return _NOTHING, 0
+        offset = self._offset(source)
+        if offset is not None:
+            return _SHARED, offset
+        if self.direct:
+            return _PRIVATE, source.data_ptr()
+        if self._staging is None:
+            self._staging = self._heap.allocate(self.size * PIECE_BYTES)
+        return _STAGED, self._staging.data_ptr() - self.segment.address
+
+    def _offset(self, tensor: torch.Tensor) -> int | None:
+        """Where in this rank's segment a tensor lies, if it does."""
+        offset = tensor.data_ptr() - self.segment.address
+        return offset if 0 <= offset < self.segment.size_bytes else None
+
+    def pieces_of(self, fold: Fold, slices: Sequence[Slice]) -> Iterator[list[Slice]]:
+        """The slices' parts that belong to one phase; as often on all members."""
+        numel = self.piece_numel(fold)
+        longest = max(part.numel for part in slices)
+        for begin in range(0, longest, numel):
+            piece = []
+            for part in slices:
+                start = min(part.start + begin, part.stop)
+                piece.append(Slice(start, min(start + numel, part.stop)))
+            yield piece
+
+    def stage(self, sources: Sequence[Source], own: Block, piece: Sequence[Slice]) -> None:
+        """Where members cannot read each other: put this piece of the own source where they can."""
+        staged = [one for one in sources if isinstance(one, Staged)]
+        if not staged:
+            return
+        if staged[0].piece:
+            self.phase()  # all have read the last one
+        if sources[self.local] in staged:
+            assert self._staging is not None
+            room = (
+                self._staging.numpy().view(own.dtype)
+                if isinstance(own, np.ndarray)
+                else self._staging.view(own.dtype)
+            )
+            start = 0
+            for part in piece:
+                room[start : start + part.numel] = own[part.start : part.stop]
+                start += part.numel
+        for one in staged:
+            one.piece = piece
+        self.phase()
+
+    def reduced(
+        self, fold: Fold, sources: Sequence[Source], mine: Slice, target: Block
+    ) -> Iterator[tuple[int, int, Block, Block]]:
+        """Combine all sources in `mine`, block by block: (start, stop, combined, its place in `target`).
+
+        What is combined lies in its place already, but for 16-bit floats, which add up in scratch memory.
+        """
+        wide = fold.partial_dtype is not fold.dtype
+        numel = _BLOCK_BYTES // fold.itemsize
+        first, second = (fold.block(memory, 0, numel) for memory in self._scratch)
+        first_at, second_at = (memory.ctypes.data for memory in self._scratch)
+        sums: Block = fold.scratch(numel) if wide else first
+        head, *others = [sources[local] for local in self._order]
+        for start in range(mine.start, mine.stop, numel):
+            stop = min(start + numel, mine.stop)
+            place = target[start - mine.start : stop - mine.start]
+            combined = head.block(start, stop, first, first_at)
+            if not others:
+                place[:] = combined
+                combined = place
+            for count, one in enumerate(others, 1):
+                # The target may be this rank's input, which comes last; nothing goes there before.
+                into = place if count == len(others) and not wide else sums[: stop - start]
+                fold.partial(combined, one.block(start, stop, second, second_at), into)
+                combined = into
+            yield start, stop, combined, place
+
+    def reduce(self, fold: Fold, sources: Sequence[Source], mine: Slice, partial: Block) -> None:
+        """Combine all sources in `mine`, into `partial`, which has the partial dtype."""
+        for start, stop, block, _ in self.reduced(fold, sources, mine, partial):
+            if fold.partial_dtype is not fold.dtype:
+                partial[start - mine.start : stop - mine.start] = block
+
+    def box(self, fold: Fold, box: int, numel: int) -> Block:
+        """Elements of this member's outbox."""
+        return fold.block(self.segment.memory, box, numel)
+
+    def piece_numel(self, fold: Fold) -> int:
+        """Most elements of a slice in a piece."""
+        return PIECE_BYTES // fold.itemsize
+
+    def collect(
+        self,
+        fold: Fold,
+        piece: Sequence[Slice],
+        box: int,
+        out: Block,
+        outputs: Sequence[Block | None] = (),
+    ) -> None:
+        """Copy the others' results of a posted piece, from their outputs or else their outboxes."""
+        for local in self._order[:-1]:
+            start, stop = piece[local]
+            if start == stop:
+                continue
+            theirs = outputs[local] if outputs else None
+            if theirs is not None:
+                out[start:stop] = theirs[start:stop]
+            else:
+                out[start:stop] = fold.block(self._by_local[local].segment.memory, box, stop - start)
+
+    def _outputs(self, fold: Fold, numel: int) -> list[Block | None]:
+        """Members' outputs, where they lie in shared memory; by position."""
+        first = _DESCRIPTORS[self._meetings & 1]
+        size, found = numel * fold.itemsize, []
+        for local in range(self.size):
+            peer = self._by_local.get(local)
+            words, segment = (self._words, self.segment) if peer is None else (peer.words, peer.segment)
+            position = words[first + 4]
+            if position + size > segment.size_bytes:
+                raise CollectiveError(f"member {local} offers memory that it does not have")
+            found.append(fold.block(segment.memory, position, numel) if position else None)
+        return found
+
+    def phase(self) -> None:
+        self.signals.post()
+        self.signals.wait(spin=self.spin)
+
+    def next_box(self) -> int:
+        self._pieces += 1
+        return _OUTBOX + (self._pieces & 1) * PIECE_BYTES
+
+    def _next_slot(self) -> int:
+        self._slot ^= 1
+        return _SLOTS + self._slot * SLOT_BYTES
+
+    def close(self) -> None:
+        """Close all but the memory, which tensors may still use."""
+        self.signals.close()
+        for peer in self.peers:
+            peer.close()
+        self.segment.close()

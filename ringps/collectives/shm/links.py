@@ -1,0 +1,187 @@
+"""Joining the processes of one host: every two of them exchange file descriptors over a Unix socket.
+
+Each worker listens under an abstract name, which is no file and vanishes with the process. Of two
+members the one that comes later in the ring connects to the other. Both check that the other end
+belongs to the same user and that its greeting carries the generation's token, and then hand over
+their segment and the eventfd by which they want to be told.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from contextlib import ExitStack
+from hashlib import blake2b
+from hmac import compare_digest
+
+from ringps.collectives.shm.memory import Segment
+from ringps.collectives.shm.remote import RemoteMemory
+from ringps.collectives.shm.signals import Peer
+from ringps.errors import PeerLostError, SetupError
+from ringps.ring.topology import Generation
+from ringps.transport.keys import JobKey
+
+_GREETING = struct.Struct("<4sIII16s")
+"""Magic, generation, rank of the sender, zero, authentication code."""
+_MAGIC = b"rps1"
+_CREDENTIALS = struct.Struct("iII")
+_STRANGERS = 64
+"""Connections of strangers that are turned away before the formation is given up."""
+
+
+class LocalListener:
+    """This worker's Unix socket, before it is known who else is on this host."""
+
+    def __init__(self, token: JobKey, worker_id: int) -> None:
+        """Listen.
+
+        Raises:
+            SetupError: the system does not allow it.
+        """
+        self._token = token
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.bind(_name(token, worker_id))
+            self._socket.listen(128)
+        except OSError as error:
+            self._socket.close()
+            raise SetupError(
+                f"cannot listen on a Unix socket: {error.strerror}; use --transport tcp"
+            ) from error
+
+    def connect(
+        self, generation: Generation, ranks: Sequence[int], segment: Segment, timeout_s: float
+    ) -> list[Peer]:
+        """Meet the other members of this host. Closes the listener.
+
+        Args:
+            generation: who is in the ring.
+            ranks: all ranks of this host, in ring order.
+            segment: this rank's, which its peers get.
+            timeout_s: how long each of them may take.
+
+        Raises:
+            PeerLostError: one of them is gone, or did not answer.
+            SetupError: one that claims to be on this host cannot be reached here.
+        """
+        peers: dict[int, Peer] = {}
+        me = generation.rank
+        with ExitStack() as undo:
+            undo.callback(self._socket.close)
+            pending: dict[int, tuple[socket.socket, int]] = {}
+            for rank in ranks:
+                if rank >= me:
+                    break
+                connection = self._call(generation, rank, timeout_s)
+                undo.callback(connection.close)
+                pending[rank] = connection, self._greet(connection, generation, segment)
+            self._socket.settimeout(timeout_s)
+            expected = {rank for rank in ranks if rank > me}
+            strangers = 0
+            while expected:
+                try:
+                    connection, _ = self._socket.accept()
+                except TimeoutError:
+                    raise _lost(
+                        generation, min(expected), "did not connect to its neighbours on this host"
+                    ) from None
+                connection.settimeout(timeout_s)
+                answer = self._read(connection, generation)
+                if answer is None or answer[0] not in expected:
+                    connection.close()
+                    strangers += 1
+                    if strangers > _STRANGERS:
+                        raise SetupError("too many strangers connect to this worker's Unix socket")
+                    continue
+                undo.callback(connection.close)
+                rank, theirs, outgoing = answer
+                expected.discard(rank)
+                incoming = self._greet(connection, generation, segment)
+                peers[rank] = _peer(ranks, rank, theirs, connection, incoming, outgoing)
+            for rank, (connection, incoming) in pending.items():
+                answer = self._read(connection, generation)
+                if answer is None or answer[0] != rank:
+                    raise _lost(generation, rank, "closed its connection while the ring formed")
+                peers[rank] = _peer(ranks, rank, answer[1], connection, incoming, answer[2])
+            undo.pop_all()
+            self._socket.close()
+        return [peers[rank] for rank in sorted(peers)]
+
+    def close(self) -> None:
+        """Give up without having connected. Idempotent."""
+        self._socket.close()
+
+    def _call(self, generation: Generation, rank: int, timeout_s: float) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(_name(self._token, generation.members[rank].worker_id))
+        except OSError as error:
+            connection.close()
+            raise SetupError(
+                f"{generation.describe(rank)} has the same host name as this worker but cannot be reached "
+                f"through a Unix socket ({error.strerror}); give machines and network namespaces "
+                "different names (--host), or use --transport tcp"
+            ) from error
+        return connection
+
+    def _greet(self, connection: socket.socket, generation: Generation, segment: Segment) -> int:
+        """Introduce ourselves; returns the eventfd that the other one got."""
+        bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        code = self._code(generation.number, generation.rank)
+        greeting = _GREETING.pack(_MAGIC, generation.number, generation.rank, 0, code)
+        try:
+            socket.send_fds(connection, [greeting], [segment.descriptor, bell])
+        except OSError:
+            pass  # reading its answer says that it is gone
+        return bell
+
+    def _read(self, connection: socket.socket, generation: Generation) -> tuple[int, Segment, int] | None:
+        """(rank, its segment, the eventfd to post to) of a member; None for anybody else."""
+        _, user, _ = _CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        try:
+            greeting, descriptors, _, _ = socket.recv_fds(connection, _GREETING.size + 1, 2)
+        except OSError:
+            return None
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        if user == os.geteuid() and len(greeting) == _GREETING.size and len(descriptors) == 2:
+            magic, number, rank, _, code = _GREETING.unpack(greeting)
+            known = compare_digest(code, self._code(number, rank))
+            if magic == _MAGIC and number == generation.number and known:
+                size_bytes = os.fstat(descriptors[0]).st_size
+                return rank, Segment(descriptors[0], size_bytes), descriptors[1]
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
+
+    def _code(self, number: int, rank: int) -> bytes:
+        text = b"%d %d" % (number, rank)
+        return blake2b(text, key=self._token.secret, person=b"ringps-local", digest_size=16).digest()
+
+
+def _name(token: JobKey, worker_id: int) -> bytes:
+    text = b"%d" % worker_id
+    return (
+        b"\0ringps-"
+        + blake2b(text, key=token.secret, person=b"ringps-name", digest_size=16).hexdigest().encode()
+    )
+
+
+def _peer(
+    ranks: Sequence[int], rank: int, segment: Segment, connection: socket.socket, incoming: int, outgoing: int
+) -> Peer:
+    pid, _, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    connection.setblocking(False)
+    return Peer(ranks.index(rank), rank, segment, connection, incoming, outgoing, RemoteMemory(pid))
+
+
+def _lost(generation: Generation, rank: int, reason: str) -> PeerLostError:
+    member = generation.members[rank]
+    return PeerLostError(rank=rank, worker_id=member.worker_id, host=member.host, reason=reason)

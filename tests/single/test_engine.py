@@ -1,0 +1,178 @@
+"""Who drives the engine, and what that must not change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ringps.collectives import Communicator
+from ringps.config import Config, Exchange
+from ringps.errors import CollectiveError, PeerLostError
+from ringps.testing import MemoryRing, run_ring
+from tests.rings import RINGS, small_chunks
+
+CONFIG = Config()
+
+
+def background_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "ringps-comm"]
+
+
+def together(*work: Callable[[], object]) -> list[BaseException]:
+    """Run each on a thread of its own; what they raised."""
+    raised: list[BaseException] = []
+
+    def run(one: Callable[[], object]) -> None:
+        try:
+            one()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_who_waits_does_the_work_without_another_thread(name: str) -> None:
+    def work(ring: Communicator) -> None:
+        for size in (1, 1000, 300_000):
+            tensor = torch.ones(size)
+            ring.all_reduce(tensor)
+            assert torch.equal(tensor, torch.full((size,), 3.0))
+        assert not background_threads()
+
+    run_ring(3, work, CONFIG, transports=RINGS[name](3, CONFIG))
+
+
+def test_what_is_asynchronous_needs_one_thread_that_sleeps_between_calls() -> None:
+    with MemoryRing(2, CONFIG) as ring:
+        for _ in range(3):
+            handles = [comm.all_reduce(torch.ones(5), async_op=True) for comm in ring.communicators]
+            for handle in handles:
+                handle.wait(20)
+            assert len(background_threads()) == 2
+        waits = threading.Event()
+        for backend in ring._backends:
+            assert backend._engine is not None
+            backend._engine._transport.wait = lambda *_, **__: waits.set()  # type: ignore[method-assign]
+        assert not waits.wait(0.1), "it watches idle links"
+    assert not background_threads()
+
+
+@pytest.mark.parametrize("name", ["loopback", "tcp"])
+def test_synchronous_and_asynchronous_calls_take_turns(name: str) -> None:
+    def work(ring: Communicator) -> None:
+        for round_ in range(30):
+            first, second = torch.full((5000,), 1.0), torch.full((round_ + 1,), 2.0)
+            handle = ring.all_reduce(first, async_op=True)
+            ring.all_reduce(second)
+            handle.wait(20)
+            ring.barrier()
+            assert torch.equal(first, torch.full((5000,), 3.0))
+            assert torch.equal(second, torch.full((round_ + 1,), 6.0))
+
+    config = small_chunks(1024)
+    run_ring(3, work, config, transports=RINGS[name](3, config))
+
+
+def test_threads_of_one_rank_may_call_at_once() -> None:
+    with MemoryRing(2, CONFIG) as ring:
+        tensors = [[torch.ones(1000) for _ in range(20)] for _ in range(4)]
+
+        def calls(rank: int, mine: list[torch.Tensor]) -> Callable[[], object]:
+            return lambda: [ring.communicators[rank].all_reduce(tensor) for tensor in mine]
+
+        raised = together(*(calls(number % 2, mine) for number, mine in enumerate(tensors)))
+        assert not raised
+        for mine in tensors:
+            assert all(torch.equal(tensor, torch.full((1000,), 2.0)) for tensor in mine)
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_a_failure_ends_a_call_that_drives(name: str) -> None:
+    with MemoryRing(2, CONFIG, transports=RINGS[name](2, CONFIG)) as ring:
+        ready = threading.Event()
+
+        def lose() -> None:
+            ready.wait(20)
+            ring.lose(1, "process exited by signal 9")
+
+        def call() -> None:
+            ready.set()
+            ring.communicators[0].all_reduce(torch.ones(3))
+
+        raised = together(call, lose)
+        assert len(raised) == 1
+        assert isinstance(raised[0], PeerLostError)
+        with pytest.raises(PeerLostError):
+            ring.communicators[0].barrier()
+
+
+def test_a_call_that_is_interrupted_breaks_the_ring_and_not_the_process() -> None:
+    class Stop(BaseException):
+        pass
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise Stop
+
+    with MemoryRing(2, CONFIG) as ring:
+        engine = ring._backends[0]._engine
+        assert engine is not None
+        engine._transport.wait = interrupt  # type: ignore[method-assign]
+        with pytest.raises(Stop):
+            ring.communicators[0].all_reduce(torch.ones(3))
+        with pytest.raises(Exception, match="interrupted"):
+            ring.communicators[0].all_reduce(torch.ones(3))
+
+
+def test_a_result_that_cannot_be_handed_back_is_an_error_of_that_call() -> None:
+    with MemoryRing(1, CONFIG) as ring:
+        ring.communicators[0].all_reduce(torch.ones(3))
+    with MemoryRing(2, CONFIG) as ring:
+        engine = ring._backends[0]._engine
+        assert engine is not None
+        engine._complete = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        with pytest.raises(CollectiveError, match="division by zero"):
+            ring.communicators[0].all_reduce(torch.ones(3))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_have_the_same_bits_also_of_nans_and_overflows(world_size: int, dtype: torch.dtype) -> None:
+    """Which NaN a sum of two NaNs is depends on their order. And overflows are no warnings."""
+
+    def work(ring: Communicator) -> list[int]:
+        signs = [1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0]
+        tensor = torch.full((64,), 3e38 * signs[ring.rank], dtype=dtype)
+        tensor[::2] = torch.copysign(torch.tensor(float("nan")), torch.tensor(signs[ring.rank]))
+        tensor[3] = 3e38
+        ring.all_reduce(tensor)
+        assert tensor[3].isinf() and tensor[2].isnan()
+        return tensor.view(torch.int32 if dtype is torch.float32 else torch.int16).tolist()
+
+    results = run_ring(world_size, work)
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("name", ["loopback", "tcp", "zmq"])
+@pytest.mark.parametrize("numel", [15, 16, 17])
+def test_up_to_a_size_a_tensor_takes_few_steps(name: str, numel: int) -> None:
+    config = Config(exchange=Exchange(doubling_bytes=64))
+
+    def work(ring: Communicator) -> int:
+        tensor = torch.arange(float(numel))
+        ring.all_reduce(tensor)
+        assert torch.equal(tensor, 4 * torch.arange(float(numel)))
+        statistics = ring.statistics().transport
+        assert statistics is not None
+        return statistics.frames_sent
+
+    sent = run_ring(4, work, config, transports=RINGS[name](4, config))
+    assert sent == [2 if numel <= 16 and name != "zmq" else 6] * 4
