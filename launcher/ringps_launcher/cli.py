@@ -78,7 +78,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-n", "--workers", type=_count, required=True, metavar="N", help="workers on this machine")
     add("-m", "--module", action="store_true", help="SCRIPT is a module's name, as for python -m")
-    add("--transport", choices=("auto", "shm", "tcp", "zmq"), default="auto", help="how data travels (default: auto)")
+    transports = ("auto", "shm", "tcp", "zmq")
+    add("--transport", choices=transports, default="auto", help="how data travels (default: auto)")
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
     add("--join", metavar="HOST:PORT", type=_address, help="the coordinator of a job on several machines")
     add("--key-file", metavar="FILE", help="the job key that the coordinator wrote; goes with --join")

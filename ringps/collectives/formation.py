@@ -18,7 +18,6 @@ from ringps.collectives.shm.executor import SharedMemory
 from ringps.collectives.shm.group import HEAP_START, LocalGroup
 from ringps.collectives.shm.links import LocalListener
 from ringps.collectives.shm.memory import Segment
-from ringps.collectives.shm.remote import allow_readers
 from ringps.collectives.shm.signals import Peer
 from ringps.config import Config, TransportName
 from ringps.errors import PeerLostError, SetupError
@@ -157,7 +156,6 @@ class Doors:
         ranks = view.local_ranks
         limit_s = self._config.timeouts.connect_timeout_s
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        allow_readers()
         try:
             segment = Segment.create(max(min(memory_bytes, _MOST_SHARED_BYTES), 4 * HEAP_START))
             peers = self._local.connect(view, ranks, segment, limit_s)
@@ -170,7 +168,7 @@ class Doors:
         except (MemoryError, OSError) as error:
             raise SetupError(f"cannot share memory on this host: {error}") from error
         group.signals.attend = _give_up_after(limit_s, view)
-        group.probe()
+        group.barrier((0, 0))
         return group
 
 

@@ -122,7 +122,9 @@ class Hierarchical:
         group, fold = self._group, fold_of(source.dtype, op)
         slices = self._slices(source.numel())
         own, out = fold.of(source), fold.of(output)
-        sources = group.open(key, source, fold)
+        pieces = group.pieces_of(fold, slices)
+        sources = group.open(key, source, fold, pieces)
+        staged = group.staged(sources)
         across: ReduceOp = "sum" if op == "mean" else op
         free = [fold.scratch(group.piece_numel(fold)) for _ in range(_PIECES_UNDER_WAY)] if self._lane else []
         under_way: deque[tuple[Sequence[Slice], torch.Tensor | None, Handle | None]] = deque()
@@ -139,18 +141,19 @@ class Hierarchical:
             group.phase()
             group.collect(fold, piece, box, out)
 
-        for piece in group.pieces_of(fold, slices):
-            group.stage(sources, own, piece)
+        for at, piece in enumerate(pieces):
+            if len(under_way) == _PIECES_UNDER_WAY:
+                settle()
+            group.turn_to(sources, at, piece)
             mine = piece[group.local]
             partial = handle = None
             if self._lane is not None and mine.numel:
-                if not free:
-                    settle()
                 partial = free.pop()
                 group.reduce(fold, sources, mine, fold.partial_of(partial[: mine.numel]))
                 handle = self._lane.start(_between(call, "all_reduce", partial[: mine.numel], across))
-            elif len(under_way) == _PIECES_UNDER_WAY:
-                settle()
+            group.stage(own, pieces, at + 1)
+            if staged:
+                group.phase()
             under_way.append((piece, partial, handle))
         while under_way:
             settle()

@@ -23,7 +23,6 @@ from ringps.collectives.disputes import Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.shm.group import Disagreement
 from ringps.collectives.shm.signals import Peer, Signals
-from ringps.collectives.shm.sources import PeerUnreadable
 from ringps.config import Timeouts
 from ringps.errors import ClosedError, CollectiveError, PeerLostError, RingpsError
 from ringps.ring.topology import Generation
@@ -244,8 +243,6 @@ class SerialBackend:
                     self._executor.perform(sequence, call, work, spin=spin)
             except Disagreement:
                 self._await_verdict(sequence)
-            except PeerUnreadable as failure:
-                self._await_explanation(failure)
             if work.finish is not None:
                 work.finish()
         except RingpsError as error:
@@ -295,11 +292,6 @@ class SerialBackend:
             raise self._error or CollectiveError(
                 f"collective number {sequence}: the ranks met with different calls, and none stands by it"
             )
-
-    def _await_explanation(self, failure: PeerUnreadable) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None, _EXPLANATION_S)
-        raise self._error or self._lost(failure.peer, str(failure))
 
     def _lost(self, peer: Peer, reason: str) -> PeerLostError:
         member = self._generation.members[peer.rank]

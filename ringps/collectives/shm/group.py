@@ -6,7 +6,7 @@ segment holds, one after the other:
 ====== ==============================================================================
 header a page of 64-bit words: the phase, and what it called (two descriptors)
 slots  2 x 64 KiB: small inputs
-outbox 2 x 1 MiB: results of its slice
+outbox 2 pieces: results of its slice
 heap   the rest, sparse: tensors of `ringps.empty`, staged inputs
 ====== ==============================================================================
 
@@ -26,7 +26,6 @@ else of the ring. So the bits are those of the same members over TCP.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,7 +34,6 @@ import torch
 
 from ringps.collectives.shm.memory import PAGE_BYTES, Heap, Segment
 from ringps.collectives.shm.signals import Peer, Signals
-from ringps.collectives.shm.sources import Mapped, Private, Source, Staged
 from ringps.config import MOST_DOUBLING_BYTES
 from ringps.errors import CollectiveError
 from ringps.kernels.cpu import ReduceOp
@@ -44,22 +42,22 @@ from ringps.ring.partition import Slice, partition
 
 SLOT_BYTES = MOST_DOUBLING_BYTES
 """Largest input that is copied to all, and the largest that every rank may reduce by itself."""
-PIECE_BYTES = 1 << 20
-"""What a rank reduces between two phases: small enough to be in cache when its peers copy it."""
-_BLOCK_BYTES = 256 * 1024
+MOST_PIECE_BYTES = 1 << 20
+LEAST_PIECE_BYTES = 128 * 1024
+_CACHED_BYTES = 4 << 20
+"""What all members together have staged or offered at a time, so that it is in cache when it is read."""
+_BLOCK_BYTES = 128 * 1024
 """What is reduced at once: all inputs' blocks fit into a core's cache."""
 
 _SLOTS = PAGE_BYTES
 _OUTBOX = _SLOTS + 2 * SLOT_BYTES
-HEAP_START = _OUTBOX + 2 * PIECE_BYTES
+HEAP_START = _OUTBOX + 2 * MOST_PIECE_BYTES
 """Bytes of a segment that are used from the beginning."""
 
 _DESCRIPTORS = (8, 16)
 """First words of the two descriptors: sequence, signature, kind and position of the source, position of
 the output or 0."""
-_COOKIE = 24
-"""A random word, the address of a copy of it, and from there on who can read that (by position)."""
-_NOTHING, _SHARED, _PRIVATE, _STAGED = range(4)
+_NOTHING, _SHARED, _STAGED = range(3)
 
 MAX_MEMBERS = 256
 """What the header has words for."""
@@ -78,6 +76,29 @@ class Part(NamedTuple):
     to: int
 
 
+class Source:
+    """A member's input: all of it, or the current piece in one of two areas with a place for each member."""
+
+    def __init__(self, elements: Block, place_numel: int = 0) -> None:
+        self._elements = elements
+        self._place_numel = place_numel
+        self._shift = 0
+
+    @property
+    def staged(self) -> bool:
+        """Only a piece at a time is at hand."""
+        return self._place_numel > 0
+
+    def turn_to(self, start: int, place: int) -> None:
+        """The current piece begins with element `start`, and lies at place number `place`."""
+        if self.staged:
+            self._shift = place * self._place_numel - start
+
+    def block(self, start: int, stop: int) -> Block:
+        """Elements start..stop, of the current piece."""
+        return self._elements[start + self._shift : stop + self._shift]
+
+
 class LocalGroup:
     """The members on one host. Used by one thread at a time."""
 
@@ -91,6 +112,9 @@ class LocalGroup:
         """
         self.size = len(peers) + 1
         self._small_bytes = small_bytes
+        piece_bytes = max(_CACHED_BYTES // self.size**2 // PAGE_BYTES * PAGE_BYTES, LEAST_PIECE_BYTES)
+        self._piece_bytes = min(piece_bytes, MOST_PIECE_BYTES)
+        """What a rank reduces between two phases."""
         self.local = local
         self.segment = segment
         self.peers = peers
@@ -102,39 +126,18 @@ class LocalGroup:
         self._order = [(local + 1 + hop) % self.size for hop in range(self.size)]
         self.spin = False
         """Look for a moment before going to sleep; for calls whose caller waits."""
-        self.direct = False
-        """Every member can read every other's memory."""
         self._meetings = 0
         self._pieces = 0
         self._slot = 0
         self._staging: torch.Tensor | None = None
-        self._scratch = [np.empty(_BLOCK_BYTES, np.uint8) for _ in range(2)]
+        self._stages = False
+        """Of the collective under way: this member's source is staged."""
+        self._sums = np.empty(_BLOCK_BYTES, np.uint8)
         segment.reserve(0, HEAP_START)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """See `Heap.allocate`. Any thread."""
         return self._heap.allocate(size_bytes)
-
-    def probe(self) -> None:
-        """Find out whether members can read each other's memory. A collective, the first one."""
-        cookie = secrets.randbits(64)
-        copy = np.array([cookie], dtype=np.uint64)
-        self._words[_COOKIE], self._words[_COOKIE + 1] = cookie, copy.ctypes.data
-        self.meet(None)
-        seen = np.zeros(1, dtype=np.uint64)
-        for peer in self.peers:
-            try:
-                peer.remote.read(peer.words[_COOKIE + 1], seen.ctypes.data, 8)
-                readable = int(seen[0]) == peer.words[_COOKIE]
-            except OSError:
-                readable = False
-            self._words[_COOKIE + 2 + peer.local] = readable
-        self.phase()
-        members = [self._words, *(peer.words for peer in self.peers)]
-        readers = sum(words[_COOKIE + 2 + local] for words in members for local in range(self.size))
-        self.direct = readers == self.size * (self.size - 1)
-        # Nobody may change its words before all have counted.
-        self.phase()
 
     # The collectives. `call` is (sequence, signature); tensors are flat, contiguous and on the CPU.
 
@@ -152,11 +155,11 @@ class LocalGroup:
             return
         slices = partition(source.numel(), self.size)
         own, out = fold.of(source), fold.of(output)
-        sources = self.open(call, source, fold, output)
+        pieces = self.pieces_of(fold, slices)
+        sources = self.open(call, source, fold, pieces, output)
         outputs = self._outputs(fold, source.numel())
-        pieces = list(self.pieces_of(fold, slices))
-        for piece in pieces:
-            self.stage(sources, own, piece)
+        for at, piece in enumerate(pieces):
+            self.turn_to(sources, at, piece)
             mine, box, last = piece[self.local], self.next_box(), piece is pieces[-1]
             through_box = last or outputs[self.local] is None
             result = self.box(fold, box, mine.numel) if through_box else out[mine.start : mine.stop]
@@ -164,6 +167,7 @@ class LocalGroup:
                 fold.finish(partial, block, world_size)
                 if through_box:
                     out[start:stop] = block
+            self.stage(own, pieces, at + 1)
             self.phase()
             self.collect(fold, piece, box, out, () if last else outputs)
 
@@ -174,14 +178,17 @@ class LocalGroup:
         fold = fold_of(source.dtype, op)
         slices = partition(source.numel(), self.size)
         own, out, base = fold.of(source), fold.of(output), slices[self.local].start
-        sources = self.open(call, source, fold)
-        for piece in self.pieces_of(fold, slices):
-            self.stage(sources, own, piece)
+        pieces = self.pieces_of(fold, slices)
+        sources = self.open(call, source, fold, pieces)
+        for at, piece in enumerate(pieces):
+            self.turn_to(sources, at, piece)
             mine = piece[self.local]
             target = out[mine.start - base : mine.stop - base]
             for _, _, partial, block in self.reduced(fold, sources, mine, target):
                 fold.finish(partial, block, world_size)
-        self.phase()
+            self.stage(own, pieces, at + 1)
+            if at + 1 == len(pieces) or self.staged(sources):
+                self.phase()
 
     def all_gather(self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor) -> None:
         """`output` becomes all sources (uint8), one after the other."""
@@ -215,21 +222,24 @@ class LocalGroup:
                 theirs = self._by_local[local].segment.bytes
                 out[to : to + stop - start] = theirs[place + start : place + stop]
             return
-        sources = self.open(call, source, fold_of(torch.uint8, "max"))
-        own, address = source.numpy(), out.ctypes.data
-        staged = any(isinstance(one, Staged) for one in sources)
-        whole = self.size * PIECE_BYTES if staged else size
-        for begin in range(0, size, whole):
-            end = min(begin + whole, size)
-            self.stage(sources, own, [Slice(begin, end)])
+        fold = fold_of(torch.uint8, "max")
+        parts = [Slice(at, min(at + self._piece_bytes, size)) for at in range(0, size, self._piece_bytes)]
+        # Everybody gets the same part, so it is staged once.
+        pieces = [[part] for part in parts]
+        sources = self.open(call, source, fold, pieces)
+        staged = self.staged(sources)
+        if not staged:
+            parts, pieces = [Slice(0, size)], [[Slice(0, size)]]
+        own = source.numpy()
+        for at, (begin, end) in enumerate(parts):
+            self.turn_to(sources, at, pieces[at])
             for local, start, stop, to in wanted:
                 first, last = max(start, begin), min(stop, end)
                 if first < last:
-                    into = out[to + first - start : to + last - start]
-                    block = sources[local].block(first, last, into, address + to + first - start)
-                    if block is not into:
-                        into[:] = block
-        self.phase()
+                    out[to + first - start : to + last - start] = sources[local].block(first, last)
+            if staged:
+                self.stage(own, pieces, at + 1)
+            self.phase()
 
     # Their parts, which the hierarchical collectives use too.
 
@@ -252,31 +262,50 @@ class LocalGroup:
         fold.finish(partial, out, world_size)
 
     def open(
-        self, call: tuple[int, int], source: torch.Tensor, fold: Fold, output: torch.Tensor | None = None
+        self,
+        call: tuple[int, int],
+        source: torch.Tensor,
+        fold: Fold,
+        pieces: Sequence[Sequence[Slice]],
+        output: torch.Tensor | None = None,
     ) -> list[Source]:
-        """Meet the others and get at their sources; by position. Let them get at `output`."""
+        """Meet the others and get at their sources.
+
+        Args:
+            call: what is called.
+            source: this member's input.
+            fold: for its dtype.
+            pieces: in which it is read, if it must be staged.
+            output: which others may read, where it is shared.
+
+        Returns:
+            By position.
+
+        Raises:
+            Disagreement: somebody calls something else.
+        """
+        self._stages = bool(pieces) and self._offset(source) is None
+        self.stage(fold.of(source), pieces, 0)
         self.meet(call, source, output)
+        sources: list[Source] = []
+        if not pieces:
+            return sources
         words = _DESCRIPTORS[self._meetings & 1]
         numel, size = source.numel(), source.nbytes
-        sources: list[Source] = []
         for local in range(self.size):
             if local == self.local:
-                mine_staged = self._words[words + 2] == _STAGED
-                sources.append(Staged(fold.of(source)) if mine_staged else Mapped(fold.of(source)))
+                sources.append(Source(fold.of(source)))
                 continue
             peer = self._by_local[local]
             kind, position = peer.words[words + 2], peer.words[words + 3]
-            if kind == _PRIVATE:
-                sources.append(Private(peer, position, fold.itemsize))
-                continue
-            room = size if kind == _SHARED else self.size * PIECE_BYTES
+            room = size if kind == _SHARED else 2 * self.size * self._piece_bytes
             if kind not in (_SHARED, _STAGED) or position + room > peer.segment.size_bytes:
                 raise CollectiveError(f"rank {peer.rank} offers memory that it does not have")
             if kind == _SHARED:
-                sources.append(Mapped(fold.block(peer.segment.memory, position, numel)))
+                sources.append(Source(fold.block(peer.segment.memory, position, numel)))
             else:
                 staging = fold.block(peer.segment.memory, position, room // fold.itemsize)
-                sources.append(Staged(staging, staging))
+                sources.append(Source(staging, self.piece_numel(fold)))
         return sources
 
     def meet(
@@ -308,10 +337,9 @@ class LocalGroup:
         offset = self._offset(source)
         if offset is not None:
             return _SHARED, offset
-        if self.direct:
-            return _PRIVATE, source.data_ptr()
-        if self._staging is None:
-            self._staging = self._heap.allocate(self.size * PIECE_BYTES)
+        if not self._stages:
+            return _NOTHING, 0  # it is empty
+        assert self._staging is not None
         return _STAGED, self._staging.data_ptr() - self.segment.address
 
     def _offset(self, tensor: torch.Tensor) -> int | None:
@@ -319,38 +347,46 @@ class LocalGroup:
         offset = tensor.data_ptr() - self.segment.address
         return offset if 0 <= offset < self.segment.size_bytes else None
 
-    def pieces_of(self, fold: Fold, slices: Sequence[Slice]) -> Iterator[list[Slice]]:
-        """The slices' parts that belong to one phase; as often on all members."""
+    def pieces_of(self, fold: Fold, slices: Sequence[Slice]) -> list[list[Slice]]:
+        """The slices' parts that belong to each phase; as many on all members."""
         numel = self.piece_numel(fold)
         longest = max(part.numel for part in slices)
-        for begin in range(0, longest, numel):
-            piece = []
-            for part in slices:
-                start = min(part.start + begin, part.stop)
-                piece.append(Slice(start, min(start + numel, part.stop)))
-            yield piece
+        starts = range(0, longest, numel)
+        return [
+            [
+                Slice(min(part.start + at, part.stop), min(part.start + at + numel, part.stop))
+                for part in slices
+            ]
+            for at in starts
+        ]
 
-    def stage(self, sources: Sequence[Source], own: Block, piece: Sequence[Slice]) -> None:
-        """Where members cannot read each other: put this piece of the own source where they can."""
-        staged = [one for one in sources if isinstance(one, Staged)]
-        if not staged:
+    def stage(self, own: Block, pieces: Sequence[Sequence[Slice]], at: int) -> None:
+        """Where the own source must be staged: copy the others' parts of piece `at` there."""
+        if not self._stages or at >= len(pieces):
             return
-        if staged[0].piece:
-            self.phase()  # all have read the last one
-        if sources[self.local] in staged:
-            assert self._staging is not None
-            room = (
-                self._staging.numpy().view(own.dtype)
-                if isinstance(own, np.ndarray)
-                else self._staging.view(own.dtype)
-            )
-            start = 0
-            for part in piece:
-                room[start : start + part.numel] = own[part.start : part.stop]
-                start += part.numel
-        for one in staged:
-            one.piece = piece
-        self.phase()
+        if self._staging is None:
+            self._staging = self._heap.allocate(2 * self.size * self._piece_bytes)
+        piece = pieces[at]
+        room = (
+            self._staging.numpy().view(own.dtype)
+            if isinstance(own, np.ndarray)
+            else self._staging.view(own.dtype)
+        )
+        numel = self._piece_bytes // own.itemsize
+        for local, part in enumerate(piece):
+            if part.numel and (local != self.local or len(piece) == 1):
+                to = ((at & 1) * self.size + local) * numel
+                room[to : to + part.numel] = own[part.start : part.stop]
+
+    def staged(self, sources: Sequence[Source]) -> bool:
+        """Whether pieces become available one by one."""
+        return self._stages or any(one.staged for one in sources)
+
+    def turn_to(self, sources: Sequence[Source], at: int, piece: Sequence[Slice]) -> None:
+        """This member will read its part of piece `at`, or the only part."""
+        place = 0 if len(piece) == 1 else self.local
+        for one in sources:
+            one.turn_to(piece[place].start, (at & 1) * self.size + place)
 
     def reduced(
         self, fold: Fold, sources: Sequence[Source], mine: Slice, target: Block
@@ -361,21 +397,19 @@ class LocalGroup:
         """
         wide = fold.partial_dtype is not fold.dtype
         numel = _BLOCK_BYTES // fold.itemsize
-        first, second = (fold.block(memory, 0, numel) for memory in self._scratch)
-        first_at, second_at = (memory.ctypes.data for memory in self._scratch)
-        sums: Block = fold.scratch(numel) if wide else first
+        sums: Block = fold.scratch(numel) if wide else fold.block(self._sums, 0, numel)
         head, *others = [sources[local] for local in self._order]
         for start in range(mine.start, mine.stop, numel):
             stop = min(start + numel, mine.stop)
             place = target[start - mine.start : stop - mine.start]
-            combined = head.block(start, stop, first, first_at)
+            combined = head.block(start, stop)
             if not others:
                 place[:] = combined
                 combined = place
             for count, one in enumerate(others, 1):
                 # The target may be this rank's input, which comes last; nothing goes there before.
                 into = place if count == len(others) and not wide else sums[: stop - start]
-                fold.partial(combined, one.block(start, stop, second, second_at), into)
+                fold.partial(combined, one.block(start, stop), into)
                 combined = into
             yield start, stop, combined, place
 
@@ -391,7 +425,7 @@ class LocalGroup:
 
     def piece_numel(self, fold: Fold) -> int:
         """Most elements of a slice in a piece."""
-        return PIECE_BYTES // fold.itemsize
+        return self._piece_bytes // fold.itemsize
 
     def collect(
         self,
@@ -431,7 +465,7 @@ class LocalGroup:
 
     def next_box(self) -> int:
         self._pieces += 1
-        return _OUTBOX + (self._pieces & 1) * PIECE_BYTES
+        return _OUTBOX + (self._pieces & 1) * self._piece_bytes
 
     def _next_slot(self) -> int:
         self._slot ^= 1

@@ -17,7 +17,6 @@ from hashlib import blake2b
 from hmac import compare_digest
 
 from ringps.collectives.shm.memory import Segment
-from ringps.collectives.shm.remote import RemoteMemory
 from ringps.collectives.shm.signals import Peer
 from ringps.errors import PeerLostError, SetupError
 from ringps.ring.topology import Generation
@@ -175,11 +174,8 @@ def _name(token: JobKey, worker_id: int) -> bytes:
 def _peer(
     ranks: Sequence[int], rank: int, segment: Segment, connection: socket.socket, incoming: int, outgoing: int
 ) -> Peer:
-    pid, _, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
     connection.setblocking(False)
-    return Peer(ranks.index(rank), rank, segment, connection, incoming, outgoing, RemoteMemory(pid))
+    return Peer(ranks.index(rank), rank, segment, connection, incoming, outgoing)
 
 
 def _lost(generation: Generation, rank: int, reason: str) -> PeerLostError:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringps.collectives.shm.memory import Segment
-from ringps.collectives.shm.remote import RemoteMemory
 
 _SPIN_S = 50e-6
 """How long a wait looks, and yields its core, before it sleeps. Waking a sleeper takes about as long."""
@@ -48,7 +47,6 @@ class Peer:
     outgoing: int
     """eventfd that we post to."""
 
-    remote: RemoteMemory
     posts: int = 0
     """Taken from `incoming` and not used up by a wait yet."""
 
