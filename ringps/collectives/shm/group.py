@@ -46,7 +46,7 @@ MOST_PIECE_BYTES = 1 << 20
 LEAST_PIECE_BYTES = 128 * 1024
 _CACHED_BYTES = 4 << 20
 """What all members together have staged or offered at a time, so that it is in cache when it is read."""
-_BLOCK_BYTES = 128 * 1024
+_BLOCK_BYTES = 256 * 1024
 """What is reduced at once: all inputs' blocks fit into a core's cache."""
 
 _SLOTS = PAGE_BYTES
