@@ -17,6 +17,7 @@ import predict
 from hosts import Hosts, Measured, Point, Shape
 from link_model import Cluster, Costs, Link
 from report import KIB, MIB
+from ringps.config import MOST_DOUBLING_BYTES
 
 BAR = 0.15
 UNSHAPED = Link(bytes_per_s=1e12)
@@ -78,7 +79,7 @@ def sample() -> dict[Sample, float]:
 
 def settings_of(algorithm: str) -> dict[str, object]:
     """What makes the library use an algorithm for any size, and one stream per link, as the model does."""
-    doubling_bytes = 1024 * MIB if algorithm == predict.DOUBLING else 0
+    doubling_bytes = MOST_DOUBLING_BYTES if algorithm == predict.DOUBLING else 0
     return {"RINGPS_SOCKETS_PER_LINK": 1, "RINGPS_DOUBLING_BYTES": doubling_bytes}
 
 
