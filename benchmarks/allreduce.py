@@ -32,7 +32,7 @@ from ringps import worker_env
 
 SIZES_BYTES = [KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 256 * MIB]
 BASELINE = "gloo"
-_BYTES_IN_A_ROW = 24 * MIB
+_BYTES_IN_A_ROW = 128 * MIB
 _MOST_CALLS_IN_A_ROW = 20
 
 

@@ -100,7 +100,7 @@ per worker beyond plain PyTorch, in multiples of the gradients' size, from runs 
 that workers share is counted once.
 
 In every run the parameters were bitwise equal on all ranks in the end, and the losses of all steps those
-of DDP to 1e-4.""",
+of DDP to 1e-4 in the first steps.""",
         table=lambda rows: report.steps(rows).markdown(),
         plot=plots.added_time,
         alt="Time that communication adds to a training step, for each model, world size and backend",
