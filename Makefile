@@ -34,8 +34,6 @@ golden: setup  ## Record the golden files of the tests anew; then read the diff
 	$(BIN)/python -m pytest -q tests/single --regenerate $(ARGS)
 
 bench: setup  ## Run the benchmarks and write docs/benchmarks.md (ARGS="--only train -n 2")
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 wheel: setup  ## Build dist/*.whl

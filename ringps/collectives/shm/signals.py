@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from ringps.collectives.shm.memory import Segment
 
-_SPIN_S = 50e-6
+_SPIN_S = 100e-6
 """How long a wait looks, and yields its core, before it sleeps. Waking a sleeper takes about as long."""
 
 
