@@ -21,8 +21,9 @@ from ringps.collectives.backend import Backend, Work
 from ringps.collectives.call import Call
 from ringps.collectives.disputes import Docket, Referee
 from ringps.collectives.handle import Handle
-from ringps.collectives.shm.group import LocalGroup, Part
+from ringps.collectives.shm.group import LocalGroup
 from ringps.collectives.shm.signals import Signals
+from ringps.collectives.shm.sources import Part
 from ringps.errors import PeerLostError, RingpsError
 from ringps.kernels.cpu import ReduceOp
 from ringps.kernels.fold import fold_of

@@ -1,0 +1,55 @@
+"""Shared memory between real processes: what threads of one interpreter cannot show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launching import run, script
+
+MANY = """
+import random
+import torch
+import ringps
+
+torch.set_num_threads(1)
+ringps.init()
+n, rank = ringps.world_size(), ringps.rank()
+same, own = random.Random(7), random.Random(rank)
+pending = []
+for turn in range(250):
+    numel = same.choice([1, 100, 16_385, 70_000, 400_001, 1_500_000])
+    waits, shared, kind = same.random() < 0.6, same.random() < 0.5, same.random()
+    pattern = (torch.arange(numel) + turn) % 1021
+    tensor = ringps.empty(numel, torch.float32) if shared and own.random() < 0.8 else torch.empty(numel)
+    tensor.copy_(pattern + rank)
+    if kind < 0.8:
+        wanted = (pattern * n + sum(range(n))).float()
+        handle = ringps.all_reduce(tensor, async_op=not waits)
+    else:
+        src = same.randrange(n)
+        wanted = (pattern + src).float()
+        handle = ringps.broadcast(tensor, src, async_op=not waits)
+    pending.append((handle, tensor, wanted))
+    if waits or len(pending) > 4:
+        for handle, tensor, wanted in pending:
+            if handle is not None:
+                handle.wait()
+            assert torch.equal(tensor, wanted), (turn, numel, int((tensor != wanted).sum()))
+            tensor.fill_(-1.0)  # nobody may read it any more
+        pending.clear()
+for handle, tensor, wanted in pending:
+    if handle is not None:
+        handle.wait()
+    assert torch.equal(tensor, wanted)
+print("all right")
+ringps.shutdown()
+"""
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_hundreds_of_collectives_of_all_sizes_are_exact(tmp_path: Path, workers: int) -> None:
+    done = run("run", "-n", str(workers), "--transport", "shm", script(tmp_path, MANY))
+    assert done.code == 0, done
+    assert done.out.count("all right") == workers
