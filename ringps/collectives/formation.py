@@ -158,15 +158,23 @@ class Doors:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         try:
             segment = Segment.create(max(min(memory_bytes, _MOST_SHARED_BYTES), 4 * HEAP_START))
-            peers = self._local.connect(view, ranks, segment, limit_s)
-            group = LocalGroup(
-                segment,
-                peers,
-                ranks.index(view.rank),
-                small_bytes=self._config.exchange.doubling_bytes,
-            )
-        except (MemoryError, OSError) as error:
+        except OSError as error:
             raise SetupError(f"cannot share memory on this host: {error}") from error
+        try:
+            segment.reserve(0, HEAP_START)
+            peers = self._local.connect(view, ranks, segment, limit_s)
+        except MemoryError as error:
+            segment.close()
+            raise SetupError(f"cannot share memory on this host: {error}") from error
+        except BaseException:
+            segment.close()
+            raise
+        group = LocalGroup(
+            segment,
+            peers,
+            ranks.index(view.rank),
+            small_bytes=self._config.exchange.doubling_bytes,
+        )
         group.signals.attend = _give_up_after(limit_s, view)
         group.barrier((0, 0))
         return group

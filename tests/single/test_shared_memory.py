@@ -17,6 +17,7 @@ from ringps.collectives import Communicator
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm import group as group_module
 from ringps.collectives.shm.executor import SharedMemory
+from ringps.collectives.shm.memory import Segment
 from ringps.config import Config, Exchange, Timeouts
 from ringps.errors import (
     CollectiveMismatchError,
@@ -383,6 +384,37 @@ def test_no_shared_memory_left_is_an_error_that_says_so(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MemoryError, match="no room for 8 MiB of shared memory: the memory limit"):
         alone.empty(8 << 20, torch.uint8)
+
+
+def test_without_memfds_an_unnamed_file_serves_and_says_when_it_is_too_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    before = set(os.listdir("/dev/shm"))
+    with FormedRing(["here"] * 2, SHM) as ring:
+        assert set(os.listdir("/dev/shm")) == before
+        total = torch.ones(300_000)
+        others = ring.run(lambda comm: comm.all_reduce(total.clone() if comm.rank else total))
+        assert others == [None, None]
+        assert bool((total == 2).all())
+        executor = ring.backends[0]._executor  # type: ignore[attr-defined]
+        assert os.fstat(executor._group.segment.descriptor).st_mode & 0o777 == 0o600
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        needed = (
+            r"/dev/shm is too small: 8 MiB more are needed and \d+ of its \d+ MiB are free; mount a larger"
+        )
+        with pytest.raises(MemoryError, match=needed):
+            ring.communicators[0].empty(8 << 20, torch.uint8)
+    with pytest.raises(SetupError, match="cannot share memory on this host: /dev/shm is too small"):
+        FormedRing(["here"] * 2, SHM)
+    with pytest.raises(SetupError, match=r"a file in /proc cannot be made .*; mount a tmpfs on /proc"):
+        Segment.create(1 << 20, "/proc")
 
 
 def test_a_name_collision_of_hosts_is_explained() -> None:

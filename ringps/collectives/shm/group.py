@@ -101,7 +101,6 @@ class LocalGroup:
         self._stages = False
         """Of the collective under way: this member's source is staged."""
         self._sums = np.empty(_BLOCK_BYTES, np.uint8)
-        segment.reserve(0, HEAP_START)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """See `Heap.allocate`. Any thread."""
