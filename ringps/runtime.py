@@ -36,6 +36,11 @@ class _Bridge:
         if self._early is not None:
             backend.fail(self._early)
 
+    def check(self) -> None:
+        """Raise if a member was lost before the ring was there."""
+        if self._early is not None:
+            raise self._early
+
     def on_lost(self, error: PeerLostError) -> None:
         self._early = error
         if self.backend is not None:
@@ -152,7 +157,7 @@ def _join(env: WorkerEnv, config: Config) -> _Ring:
     link = WorkerLink(env, config.timeouts, bridge)
     try:
         view = link.join(bind)
-        formed = doors[-1].form(view, link)
+        formed = doors[-1].form(view, link, bridge.check)
     except BaseException as error:
         for door in doors:
             door.close()

@@ -42,6 +42,19 @@ def on_threads(world_size: int, fn: Callable[[int], T]) -> list[T]:
     return [results[rank] for rank in range(world_size)]
 
 
+def worker(rank: int, host: str) -> WorkerEnv:
+    """What a launcher on `host` would tell worker `rank`."""
+    return WorkerEnv(
+        coordinator="",
+        key_file=None,
+        worker_id=rank,
+        host=host,
+        address="127.0.0.1",
+        local_rank=0,
+        local_world_size=1,
+    )
+
+
 class FormedRing:
     """A ring whose rank i is on the host named `hosts[i]`."""
 
@@ -49,19 +62,7 @@ class FormedRing:
         config = config or Config()
         token = JobKey.generate()
         world_size = len(hosts)
-        envs = [
-            WorkerEnv(
-                coordinator="",
-                key_file=None,
-                worker_id=rank,
-                host=host,
-                address="127.0.0.1",
-                local_rank=0,
-                local_world_size=1,
-            )
-            for rank, host in enumerate(hosts)
-        ]
-        doors = [Doors(env, token, config, encrypt=encrypt) for env in envs]
+        doors = [Doors(worker(rank, host), token, config, encrypt=encrypt) for rank, host in enumerate(hosts)]
         members = tuple(
             Member(worker_id=rank, host=host, address=door.address)
             for rank, (host, door) in enumerate(zip(hosts, doors, strict=True))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ringps.collectives.call import Call
 from ringps.collectives.handle import Handle
 from ringps.errors import RingpsError
 from ringps.kernels.cpu import ReduceOp
 from ringps.transport.base import TransportStatistics
+
+REDUCTIONS = ("all_reduce", "reduce_scatter")
 
 
 class Work(NamedTuple):
@@ -42,6 +46,36 @@ class Work(NamedTuple):
 
     finish: Callable[[], object] | None
     """Called once when the output is complete, on the thread that completed it."""
+
+
+def call_of(work: Work, chunk_numel: int = 0, *, doubles: bool = False) -> Call:
+    """What ranks compare of `work`."""
+    op = work.op if work.kind in REDUCTIONS else ""
+    src = work.src if work.kind == "broadcast" else None
+    return _call(work.kind, op, work.dtype, work.shape, src, work.label, chunk_numel, doubles)
+
+
+@lru_cache(maxsize=256)
+def _call(
+    kind: str,
+    op: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    src: int | None,
+    label: str,
+    chunk_numel: int,
+    doubles: bool,
+) -> Call:
+    return Call(
+        kind=kind,
+        op=op,
+        dtype=dtype,
+        shape=shape,
+        src=src,
+        label=label,
+        chunk_numel=chunk_numel,
+        doubles=doubles,
+    )
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ class Communicator:
         """Combine `tensor` over all ranks, in place; every rank gets the same bits.
 
         Ring all-reduce (Patarasuk and Yuan, 2009): each rank sends and receives
-        2 (n - 1) / n times the tensor's bytes. float16 and bfloat16 are summed in float32.
+        2 (n - 1) / n times the tensor's bytes. Small tensors go by recursive doubling (Thakur,
+        Rabenseifner and Gropp, 2005), and inside a host through shared memory. float16 and bfloat16
+        are summed in float32.
 
         Args:
             tensor: any shape, also zero-dimensional or empty. After an error its contents are

@@ -20,6 +20,8 @@ from ringps.errors import (
 from ringps.ring.topology import Generation
 
 _CALLS_REMEMBERED = 256
+EXPLANATION_S = 0.5
+"""How long to wait for the reason of a closed connection: whoever sees the process end can say why."""
 
 
 class Referee(Protocol):

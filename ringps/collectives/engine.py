@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringps.collectives.backend import EngineStatistics
-from ringps.collectives.disputes import Docket
+from ringps.collectives.disputes import EXPLANATION_S, Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.ring import Outgoing, Pool, RingOperation
 from ringps.errors import ClosedError, CollectiveError, FrameError, PeerLostError, RingpsError
@@ -34,8 +34,6 @@ _FRAMES_PER_TURN = 32
 _FARTHEST_AHEAD = 1 << 20
 """More collectives than the frames of which fit into a link's queues."""
 _IDLE_S = 60.0
-_EXPLANATION_S = 0.5
-"""How long to wait for the reason of a closed connection: whoever sees the process end can say why."""
 _SETTLE_S = 0.001
 """Longest look away from the sockets while the last bytes of a collective leave."""
 
@@ -422,7 +420,7 @@ class Engine:
             self._transport.wait(patience_s, receiving=self._sources, sending=sending)
         except PeerLostError as error:
             if self._suspicion is None:
-                self._suspicion = (error, self._clock() + _EXPLANATION_S)
+                self._suspicion = (error, self._clock() + EXPLANATION_S)
 
     def _patience_s(self) -> float:
         """Seconds until something must happen by itself; opens a dispute when nothing moves."""

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from ringps.collectives.backend import Backend
 from ringps.collectives.choice import Choice, choose
-from ringps.collectives.disputes import Docket, Referee
+from ringps.collectives.disputes import EXPLANATION_S, Docket, Referee
 from ringps.collectives.hierarchical import Hierarchical
 from ringps.collectives.ring_backend import RingBackend
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm.executor import SharedMemory
-from ringps.collectives.shm.group import HEAP_START, LocalGroup
+from ringps.collectives.shm.group import HEAP_START, Disagreement, LocalGroup
 from ringps.collectives.shm.links import LocalListener
 from ringps.collectives.shm.memory import Segment
 from ringps.collectives.shm.signals import Peer
@@ -30,6 +30,10 @@ from ringps.worker_env import WorkerEnv
 
 _MOST_SHARED_BYTES = 64 << 30
 """Address space of a segment, at most; a machine's memory, if that is less."""
+
+
+_LOOK_S = 0.05
+"""How long to wait for a member at a time, before looking whether it is still there."""
 
 
 class Formed(NamedTuple):
@@ -57,6 +61,7 @@ class Doors:
         """
         self._config = config
         self._asked: TransportName = config.transport
+        self._check: Callable[[], None] = lambda: None
         self._local = LocalListener(token, env.worker_id) if self._asked in ("auto", "shm") else None
         self._tcp: TcpListener | ZmqTcpListener | None = None
         try:
@@ -73,14 +78,18 @@ class Doors:
         """For the other members: what transport this worker was asked to use, and where it listens."""
         return f"{self._asked} {self._tcp.address if self._tcp is not None else ''}"
 
-    def form(self, generation: Generation, referee: Referee) -> Formed:
+    def form(
+        self, generation: Generation, referee: Referee, check: Callable[[], None] = lambda: None
+    ) -> Formed:
         """Connect to those that this rank exchanges data with. The doors are closed then.
 
         Args:
             generation: all members, with their `address` as above.
             referee: asked when ranks disagree.
+            check: called now and then while this waits for others; raises if a member is known to be lost.
 
         Raises:
+            RingpsError: what `check` raised.
             SetupError: the members want different transports, or one that cannot be had.
             PeerLostError: a member is gone.
         """
@@ -90,9 +99,18 @@ class Doors:
             for member, address in zip(generation.members, addresses, strict=True)
         )
         view = replace(generation, members=members)
+        self._check = check
         by_host = hosts(view)
         choice = choose(asked, by_host)
-        backend = self._build(choice, view, referee)
+        try:
+            backend = self._build(choice, view, referee)
+        except (PeerLostError, SetupError):
+            # A member that cannot be met may have died, and whoever saw it can say why.
+            given_up_s = time.monotonic() + EXPLANATION_S
+            while time.monotonic() < given_up_s:
+                check()
+                time.sleep(_LOOK_S)
+            raise
         count = len(by_host)
         summary = (
             f"{view.world_size} workers on {count} host{'s' if count > 1 else ''}, "
@@ -117,14 +135,14 @@ class Doors:
             executor = SharedMemory(self._meet(view))
             self.close()
             docket = Docket(view, config.timeouts, referee)
-            return SerialBackend(view, executor, docket, config.timeouts)
+            return SerialBackend(view, executor, docket)
         if choice.way == "hierarchical":
             docket = Docket(view, config.timeouts, referee)
             between = Hierarchical(
                 self._meet(view), lambda lane_referee: self._lane(view, lane_referee), view, docket
             )
             self.close()
-            return SerialBackend(view, between, docket, config.timeouts)
+            return SerialBackend(view, between, docket)
         backend = self._over_tcp(view, referee)
         self.close()
         return backend
@@ -135,7 +153,7 @@ class Doors:
         transport = tcp.connect(view)
         if isinstance(transport, TcpTransport):
             try:
-                transport.establish(self._config.timeouts.connect_timeout_s)
+                transport.establish(self._config.timeouts.connect_timeout_s, self._check)
             except BaseException:
                 transport.close()
                 raise
@@ -162,37 +180,45 @@ class Doors:
             raise SetupError(f"cannot share memory on this host: {error}") from error
         try:
             segment.reserve(0, HEAP_START)
-            peers = self._local.connect(view, ranks, segment, limit_s)
+            peers = self._local.connect(view, ranks, segment, limit_s, self._check)
         except MemoryError as error:
             segment.close()
             raise SetupError(f"cannot share memory on this host: {error}") from error
         except BaseException:
             segment.close()
             raise
-        group = LocalGroup(
-            segment,
-            peers,
-            ranks.index(view.rank),
-            small_bytes=self._config.exchange.doubling_bytes,
-        )
-        group.signals.attend = _give_up_after(limit_s, view)
-        group.barrier((0, 0))
+        small_bytes = self._config.exchange.doubling_bytes
+        group = LocalGroup(segment, peers, ranks.index(view.rank), small_bytes=small_bytes)
+        group.signals.attend = self._attend_until(time.monotonic() + limit_s, group, view)
+        try:
+            group.barrier((0, small_bytes))
+        except Disagreement as error:
+            group.close()
+            raise SetupError(
+                "workers on this host have different settings of doubling_bytes (RINGPS_DOUBLING_BYTES); "
+                "start all with the same"
+            ) from error
+        except BaseException:
+            group.close()
+            raise
         return group
 
+    def _attend_until(
+        self, deadline_s: float, group: LocalGroup, view: Generation
+    ) -> Callable[[Peer, float], float]:
+        """What a wait does while the group forms."""
 
-def _give_up_after(limit_s: float, generation: Generation) -> Callable[[Peer, float], float]:
-    """What a wait does while the group forms."""
+        def attend(peer: Peer, since_s: float) -> float:
+            self._check()
+            if time.monotonic() >= deadline_s:
+                lost = group.signals.gone[0] if group.signals.gone else peer
+                member = view.members[lost.rank]
+                raise PeerLostError(
+                    rank=lost.rank,
+                    worker_id=member.worker_id,
+                    host=member.host,
+                    reason="did not answer its neighbours on this host while the ring formed",
+                )
+            return _LOOK_S
 
-    def attend(peer: Peer, since_s: float) -> float:
-        left_s = since_s + limit_s - time.monotonic()
-        if left_s <= 0:
-            member = generation.members[peer.rank]
-            raise PeerLostError(
-                rank=peer.rank,
-                worker_id=member.worker_id,
-                host=member.host,
-                reason="did not answer its neighbours on this host while the ring formed",
-            )
-        return left_s
-
-    return attend
+        return attend

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from ringps.collectives.backend import EngineStatistics, Work
-from ringps.collectives.call import Call
+from ringps.collectives.backend import REDUCTIONS, EngineStatistics, Work, call_of
 from ringps.collectives.disputes import Docket, Referee
 from ringps.collectives.engine import Engine
 from ringps.collectives.handle import Handle
@@ -20,8 +17,6 @@ from ringps.ring.machine import RingMachine
 from ringps.ring.partition import Slice, chunk_numel, partition
 from ringps.ring.topology import Generation
 from ringps.transport.base import Transport
-
-_REDUCTIONS = ("all_reduce", "reduce_scatter")
 
 
 class RingBackend:
@@ -68,7 +63,7 @@ class RingBackend:
     def start(self, work: Work) -> Handle:
         """Carry `work` out in the background."""
         if self._engine is None:
-            handle = Handle(str(_call_of(work, 0, False)))
+            handle = Handle(str(call_of(work)))
             self._alone(work)
             handle._settle()
             return handle
@@ -128,7 +123,7 @@ class RingBackend:
         """A ring of one has its result already; it only has to be brought to the output."""
         if self._error is not None:
             raise self._error
-        sequence = self._docket.open(_call_of(work, 0, False))
+        sequence = self._docket.open(call_of(work))
         if work.output is not work.source:
             work.output.copy_(work.source)
         if work.finish is not None:
@@ -136,7 +131,7 @@ class RingBackend:
         self._docket.close(sequence)
 
     def _operation(self, work: Work) -> RingOperation:
-        reduces = work.kind in _REDUCTIONS
+        reduces = work.kind in REDUCTIONS
         doubles = self._doubles(work)
         plan, slices = self._plan(work, doubles)
         if work.kind == "all_gather":
@@ -145,7 +140,7 @@ class RingBackend:
         widest = accumulation_dtype(work.source.dtype, work.op) if reduces else work.output.dtype
         piece = chunk_numel(slices, widest.itemsize, self._exchange.chunk_bytes)
         return RingOperation(
-            _call_of(work, piece, doubles),
+            call_of(work, piece, doubles=doubles),
             RingMachine(plan, slices, piece),
             self._pool,
             source=work.source if reduces else work.output,
@@ -174,32 +169,3 @@ class RingBackend:
             return schedule.broadcast(rank, world_size, work.src), (Slice(0, numel),)
         assert work.kind in ("all_gather", "barrier")
         return schedule.all_gather(rank, world_size), partition(work.output.numel(), world_size)
-
-
-def _call_of(work: Work, piece: int, doubles: bool) -> Call:
-    op = work.op if work.kind in _REDUCTIONS else ""
-    src = work.src if work.kind == "broadcast" else None
-    return _call(work.kind, op, work.dtype, work.shape, src, work.label, piece, doubles)
-
-
-@lru_cache(maxsize=256)
-def _call(
-    kind: str,
-    op: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    src: int | None,
-    label: str,
-    chunk_numel: int,
-    doubles: bool,
-) -> Call:
-    return Call(
-        kind=kind,
-        op=op,
-        dtype=dtype,
-        shape=shape,
-        src=src,
-        label=label,
-        chunk_numel=chunk_numel,
-        doubles=doubles,
-    )

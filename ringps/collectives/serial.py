@@ -11,24 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from ringps.collectives.backend import EngineStatistics, Work
+from ringps.collectives.backend import EngineStatistics, Work, call_of
 from ringps.collectives.call import Call
-from ringps.collectives.disputes import Docket
+from ringps.collectives.disputes import EXPLANATION_S, Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.shm.group import Disagreement
 from ringps.collectives.shm.signals import Peer, Signals
-from ringps.config import Timeouts
 from ringps.errors import ClosedError, CollectiveError, PeerLostError, RingpsError
 from ringps.ring.topology import Generation
 
-_EXPLANATION_S = 0.5
-"""How long to wait for the reason of a closed connection: whoever sees the process end can say why."""
 _IDLE_S = 60.0
 
 
@@ -67,7 +63,6 @@ class SerialBackend:
         generation: Generation,
         executor: Executor,
         docket: Docket,
-        timeouts: Timeouts,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,13 +71,11 @@ class SerialBackend:
             generation: who is in the ring.
             executor: does the work; belongs to the backend then.
             docket: keeps who called what.
-            timeouts: limits on waiting.
             clock: monotonic seconds, `time.monotonic`'s.
         """
         self._generation = generation
         self._executor = executor
         self._docket = docket
-        self._timeouts = timeouts
         self._clock = clock
         executor.signals.attend = self._attend
 
@@ -101,7 +94,7 @@ class SerialBackend:
 
     def run(self, work: Work) -> None:
         """Carry `work` out after all those before it; returns when it is done."""
-        call = _call_of(work)
+        call = call_of(work)
         with self._changed:
             self._check()
             sequence = self._docket.open(call)
@@ -119,7 +112,7 @@ class SerialBackend:
 
     def start(self, work: Work) -> Handle:
         """Carry `work` out in the background, after all those before it."""
-        call = _call_of(work)
+        call = call_of(work)
         with self._changed:
             self._check()
             return self._enqueue(self._docket.open(call), call, work)
@@ -246,18 +239,25 @@ class SerialBackend:
             if work.finish is not None:
                 work.finish()
         except RingpsError as error:
-            with self._changed:
-                self._error = self._error or error
-            raise self._error from error.__cause__
+            raise self._break(error) from error.__cause__
+        except MemoryError as full:
+            raise self._break(CollectiveError(f"{call}: {full}")) from full
         except Exception as defect:  # of ours; it must not leave other calls waiting
             broken = CollectiveError(f"ringps failed inside: {defect!r}; please report it")
-            with self._changed:
-                self._error = broken
-            raise broken from defect
+            raise self._break(broken) from defect
+        except BaseException:  # Ctrl-C: the peers are in the middle of it, and this rank will not go on
+            self._break(ClosedError("a collective was interrupted in this process"))
+            raise
         self._docket.close(sequence)
         self._completed = sequence
 
     # When something is wrong; on the thread that does the work.
+
+    def _break(self, error: RingpsError) -> RingpsError:
+        """End the ring with `error`, unless something else has; returns what has."""
+        with self._changed:
+            self._error = self._error or error
+            return self._error
 
     def _attend(self, peer: Peer, since_s: float) -> float:
         if self._error is not None:
@@ -270,7 +270,7 @@ class SerialBackend:
         if gone:
             if self._suspected_s is None:
                 self._suspected_s = now_s
-            left_s = self._suspected_s + _EXPLANATION_S - now_s
+            left_s = self._suspected_s + EXPLANATION_S - now_s
             if left_s <= 0:
                 raise self._lost(gone[0], "its connection on this host closed")
             return left_s
@@ -296,14 +296,3 @@ class SerialBackend:
     def _lost(self, peer: Peer, reason: str) -> PeerLostError:
         member = self._generation.members[peer.rank]
         return PeerLostError(rank=peer.rank, worker_id=member.worker_id, host=member.host, reason=reason)
-
-
-@lru_cache(maxsize=256)
-def _call(kind: str, op: str, dtype: str, shape: tuple[int, ...], src: int | None, label: str) -> Call:
-    return Call(kind=kind, op=op, dtype=dtype, shape=shape, src=src, label=label)
-
-
-def _call_of(work: Work) -> Call:
-    op = work.op if work.kind in ("all_reduce", "reduce_scatter") else ""
-    src = work.src if work.kind == "broadcast" else None
-    return _call(work.kind, op, work.dtype, work.shape, src, work.label)

@@ -185,19 +185,25 @@ class TcpTransport:
         if self._losses:
             raise self._losses.popleft()
 
-    def establish(self, timeout_s: float) -> None:
+    def establish(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all links are there. Every rank has to call it, or use its links, meanwhile.
+
+        Args:
+            timeout_s: how long, at most.
+            check: called now and then; raises if a member is known to be lost.
 
         Raises:
             PeerLostError: one is not after `timeout_s`, or will never be.
+            RingpsError: what `check` raised.
         """
         deadline_s = time.monotonic() + timeout_s
         while not self._formed:
+            check()
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 missing = (self._sends_to - self._out.keys()) | (self._receives_from - self._in.keys())
                 raise self._loss(min(missing), f"no data connection with it within {timeout_s} s")
-            self.wait(left_s, receiving=(), sending=())
+            self.wait(min(left_s, _RETRY_S), receiving=(), sending=())
 
     def wake(self) -> None:
         with self._close_lock:

@@ -53,3 +53,34 @@ def test_hundreds_of_collectives_of_all_sizes_are_exact(tmp_path: Path, workers:
     done = run("run", "-n", str(workers), "--transport", "shm", script(tmp_path, MANY))
     assert done.code == 0, done
     assert done.out.count("all right") == workers
+
+
+DIES = """
+import os, signal, sys, time
+import ringps
+from ringps.collectives.shm import links
+
+if os.environ["RINGPS_WORKER_ID"] == "1":
+    def die(*_):
+        print("dies", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    links.LocalListener.connect = die
+try:
+    ringps.init()
+except ringps.PeerLostError as error:
+    print("told", time.time(), error, flush=True)
+    sys.exit(7)
+"""
+
+
+def test_a_worker_killed_while_neighbours_wait_for_it_is_named_by_all(tmp_path: Path) -> None:
+    """It listened, so the ring was formed, and dies before it has met anybody on its host."""
+    done = run("run", "-n", "3", script(tmp_path, DIES))
+    assert done.code == 137
+    died_s = next(float(line.split()[2]) for line in done.out.splitlines() if " dies " in line)
+    told = [line for line in done.out.splitlines() if " told " in line]
+    assert len(told) == 2, done
+    for line in told:
+        assert "rank 1 (worker 1 on" in line
+        assert "SIGKILL" in line
+        assert float(line.split()[2]) - died_s < 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringps.collectives import Communicator
+from ringps.collectives.formation import Doors
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm import group as group_module
+from ringps.collectives.shm import links
 from ringps.collectives.shm.executor import SharedMemory
 from ringps.collectives.shm.memory import Segment
-from ringps.config import Config, Exchange, Timeouts
+from ringps.config import Config, Exchange, Timeouts, TransportName
 from ringps.errors import (
+    ClosedError,
+    CollectiveError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
     PeerLeftError,
@@ -27,8 +33,11 @@ from ringps.errors import (
     RingpsError,
     SetupError,
 )
+from ringps.ring.topology import Generation, Member
 from ringps.testing import run_ring
-from tests.formed import FormedRing
+from ringps.transport.keys import JobKey
+from tests.formed import FormedRing, on_threads, worker
+from tests.support import require
 
 SHM = Config(transport="shm")
 FEW = Exchange(doubling_bytes=256)
@@ -327,6 +336,114 @@ def test_inputs_are_unharmed_whenever_a_peer_is_lost() -> None:
             ring.run(count)
 
 
+def test_an_interrupted_collective_ends_the_ring_here() -> None:
+    """Ctrl-C in the middle: the peers are a phase ahead, and nothing may be mixed up with what comes next."""
+    with FormedRing(["here"] * 2, SHM) as ring:
+
+        def interrupt(peer: object, since_s: float) -> float:
+            raise KeyboardInterrupt
+
+        ring.backends[0]._executor.signals.attend = interrupt  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            ring.communicators[0].all_reduce(torch.zeros(1_000_000))
+        with pytest.raises(ClosedError, match="interrupted in this process"):
+            ring.communicators[0].barrier()
+
+
+# When it goes wrong while the ring forms.
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_member_lost_while_the_ring_forms_ends_the_waiting(transport: TransportName) -> None:
+    """It listened, and is gone; the coordinator says so while the others wait for it."""
+    config, token = Config(transport=transport), JobKey.generate()
+    doors = [Doors(worker(rank, "here"), token, config, encrypt=False) for rank in range(3)]
+    members = tuple(
+        Member(worker_id=rank, host="here", address=door.address) for rank, door in enumerate(doors)
+    )
+    lost = PeerLostError(rank=1, worker_id=1, host="here", reason="for a test")
+    looks = threading.Semaphore(0)
+
+    def check() -> None:
+        looks.release()
+        if looks._value > 3:
+            raise lost
+
+    doors[1].close()
+
+    def form(at: int) -> None:
+        rank = (0, 2)[at]
+        view = Generation(number=1, members=members, rank=rank)
+        try:
+            with pytest.raises(PeerLostError, match=r"rank 1 .* for a test"):
+                doors[rank].form(view, None, check)  # type: ignore[arg-type]
+        finally:
+            doors[rank].close()
+
+    begun_s = time.monotonic()
+    on_threads(2, form)
+    assert time.monotonic() - begun_s < config.timeouts.connect_timeout_s / 2
+
+
+def test_settings_that_would_mix_up_small_and_large_are_refused() -> None:
+    token = JobKey.generate()
+    doors = [
+        Doors(
+            worker(rank, "here"),
+            token,
+            Config(transport="shm", exchange=Exchange(doubling_bytes=1024 * (rank + 1))),
+            encrypt=False,
+        )
+        for rank in range(2)
+    ]
+    members = tuple(
+        Member(worker_id=rank, host="here", address=door.address) for rank, door in enumerate(doors)
+    )
+
+    def form(rank: int) -> None:
+        with pytest.raises(SetupError, match="different settings of doubling_bytes"):
+            doors[rank].form(Generation(number=1, members=members, rank=rank), None)  # type: ignore[arg-type]
+
+    on_threads(2, form)
+
+
+def test_another_user_who_connects_and_says_nothing_holds_nobody_up() -> None:
+    require(os.geteuid() == 0, "only root can become another user")
+    token = JobKey.generate()
+    doors = [Doors(worker(rank, "here"), token, SHM, encrypt=False) for rank in range(2)]
+    members = tuple(
+        Member(worker_id=rank, host="here", address=door.address) for rank, door in enumerate(doors)
+    )
+    ready, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setuid(65534)
+            strangers = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(20)]
+            for one in strangers:
+                one.connect(links._name(token, 0))
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        finally:
+            os._exit(0)
+    assert os.read(ready[0], 1) == b"x"
+    begun_s = time.monotonic()
+    formed = on_threads(
+        2,
+        lambda rank: doors[rank].form(
+            Generation(number=1, members=members, rank=rank),
+            None,  # type: ignore[arg-type]
+        ),
+    )
+    assert time.monotonic() - begun_s < SHM.timeouts.connect_timeout_s / 2
+    os.write(done[1], b"x")
+    os.waitpid(pid, 0)
+    for one in formed:
+        one.backend.close()
+    for end in (*ready, *done):
+        os.close(end)
+
+
 # Memory.
 
 
@@ -384,6 +501,9 @@ def test_no_shared_memory_left_is_an_error_that_says_so(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MemoryError, match="no room for 8 MiB of shared memory: the memory limit"):
         alone.empty(8 << 20, torch.uint8)
+    room = r"all_reduce\(sum, float32\[1000000\]\): no room for 4 MiB of shared memory"
+    with pytest.raises(CollectiveError, match=room):
+        alone.all_reduce(torch.zeros(1_000_000))  # needs room for staging
 
 
 def test_without_memfds_an_unnamed_file_serves_and_says_when_it_is_too_small(
@@ -419,8 +539,6 @@ def test_without_memfds_an_unnamed_file_serves_and_says_when_it_is_too_small(
 
 def test_a_name_collision_of_hosts_is_explained() -> None:
     """Two machines of one name cannot reach each other's Unix socket."""
-    from ringps.collectives.shm import links
-
     real, calls = links._name, []
 
     def elsewhere(token: object, worker_id: int) -> bytes:

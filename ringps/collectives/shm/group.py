@@ -59,9 +59,6 @@ _DESCRIPTORS = (8, 16)
 the output or 0."""
 _NOTHING, _SHARED, _STAGED = range(3)
 
-MAX_MEMBERS = 256
-"""What the header has words for."""
-
 
 class Disagreement(Exception):
     """A peer called something else. Not for users: the backend finds out who called what."""
@@ -277,7 +274,7 @@ class LocalGroup:
 
     def meet(
         self,
-        call: tuple[int, int] | None,
+        call: tuple[int, int],
         source: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
     ) -> None:
@@ -287,7 +284,7 @@ class LocalGroup:
             Disagreement: somebody calls something else.
         """
         self._meetings += 1
-        sequence, signature = call or (0, 0)
+        sequence, signature = call
         first = _DESCRIPTORS[self._meetings & 1]
         words = self._words
         words[first], words[first + 1] = sequence, signature

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from hmac import compare_digest
+from typing import TypeVar
 
 from ringps.collectives.shm.memory import Segment
 from ringps.collectives.shm.signals import Peer
@@ -22,12 +24,14 @@ from ringps.errors import PeerLostError, SetupError
 from ringps.ring.topology import Generation
 from ringps.transport.keys import JobKey
 
+T = TypeVar("T")
+
 _GREETING = struct.Struct("<4sIII16s")
 """Magic, generation, rank of the sender, zero, authentication code."""
 _MAGIC = b"rps1"
 _CREDENTIALS = struct.Struct("iII")
-_STRANGERS = 64
-"""Connections of strangers that are turned away before the formation is given up."""
+_LOOK_S = 0.05
+"""How long to wait for a member at a time, before looking whether it is still there."""
 
 
 class LocalListener:
@@ -51,7 +55,12 @@ class LocalListener:
             ) from error
 
     def connect(
-        self, generation: Generation, ranks: Sequence[int], segment: Segment, timeout_s: float
+        self,
+        generation: Generation,
+        ranks: Sequence[int],
+        segment: Segment,
+        timeout_s: float,
+        check: Callable[[], None],
     ) -> list[Peer]:
         """Meet the other members of this host. Closes the listener.
 
@@ -59,40 +68,37 @@ class LocalListener:
             generation: who is in the ring.
             ranks: all ranks of this host, in ring order.
             segment: this rank's, which its peers get.
-            timeout_s: how long each of them may take.
+            timeout_s: how long it may take.
+            check: called now and then; raises if a member is known to be lost.
 
         Raises:
+            RingpsError: what `check` raised.
             PeerLostError: one of them is gone, or did not answer.
             SetupError: one that claims to be on this host cannot be reached here.
         """
         peers: dict[int, Peer] = {}
         me = generation.rank
+        deadline_s = time.monotonic() + timeout_s
         with ExitStack() as undo:
             undo.callback(self._socket.close)
             pending: dict[int, tuple[socket.socket, int]] = {}
             for rank in ranks:
                 if rank >= me:
                     break
-                connection = self._call(generation, rank, timeout_s)
+                connection = self._call(generation, rank, deadline_s, check)
                 undo.callback(connection.close)
                 pending[rank] = connection, self._greet(connection, generation, segment)
-            self._socket.settimeout(timeout_s)
             expected = {rank for rank in ranks if rank > me}
-            strangers = 0
             while expected:
                 try:
-                    connection, _ = self._socket.accept()
+                    connection = _patiently(self._socket, lambda: self._socket.accept()[0], deadline_s, check)
                 except TimeoutError:
                     raise _lost(
                         generation, min(expected), "did not connect to its neighbours on this host"
                     ) from None
-                connection.settimeout(timeout_s)
-                answer = self._read(connection, generation)
+                answer = self._read(connection, generation, deadline_s, check)
                 if answer is None or answer[0] not in expected:
                     connection.close()
-                    strangers += 1
-                    if strangers > _STRANGERS:
-                        raise SetupError("too many strangers connect to this worker's Unix socket")
                     continue
                 undo.callback(connection.close)
                 rank, theirs, outgoing = answer
@@ -100,7 +106,7 @@ class LocalListener:
                 incoming = self._greet(connection, generation, segment)
                 peers[rank] = _peer(ranks, rank, theirs, connection, incoming, outgoing)
             for rank, (connection, incoming) in pending.items():
-                answer = self._read(connection, generation)
+                answer = self._read(connection, generation, deadline_s, check)
                 if answer is None or answer[0] != rank:
                     raise _lost(generation, rank, "closed its connection while the ring formed")
                 peers[rank] = _peer(ranks, rank, answer[1], connection, incoming, answer[2])
@@ -112,11 +118,13 @@ class LocalListener:
         """Give up without having connected. Idempotent."""
         self._socket.close()
 
-    def _call(self, generation: Generation, rank: int, timeout_s: float) -> socket.socket:
+    def _call(
+        self, generation: Generation, rank: int, deadline_s: float, check: Callable[[], None]
+    ) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        connection.settimeout(timeout_s)
+        name = _name(self._token, generation.members[rank].worker_id)
         try:
-            connection.connect(_name(self._token, generation.members[rank].worker_id))
+            _patiently(connection, lambda: connection.connect(name), deadline_s, check)
         except OSError as error:
             connection.close()
             raise SetupError(
@@ -137,18 +145,28 @@ class LocalListener:
             pass  # reading its answer says that it is gone
         return bell
 
-    def _read(self, connection: socket.socket, generation: Generation) -> tuple[int, Segment, int] | None:
+    def _read(
+        self,
+        connection: socket.socket,
+        generation: Generation,
+        deadline_s: float,
+        check: Callable[[], None],
+    ) -> tuple[int, Segment, int] | None:
         """(rank, its segment, the eventfd to post to) of a member; None for anybody else."""
         _, user, _ = _CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
+        if user != os.geteuid():
+            return None  # whoever it is, nobody waits for what it says
         try:
-            greeting, descriptors, _, _ = socket.recv_fds(connection, _GREETING.size + 1, 2)
+            greeting, descriptors, _, _ = _patiently(
+                connection, lambda: socket.recv_fds(connection, _GREETING.size + 1, 2), deadline_s, check
+            )
         except OSError:
             return None
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
-        if user == os.geteuid() and len(greeting) == _GREETING.size and len(descriptors) == 2:
+        if len(greeting) == _GREETING.size and len(descriptors) == 2:
             magic, number, rank, _, code = _GREETING.unpack(greeting)
             known = compare_digest(code, self._code(number, rank))
             if magic == _MAGIC and number == generation.number and known:
@@ -161,6 +179,24 @@ class LocalListener:
     def _code(self, number: int, rank: int) -> bytes:
         text = b"%d %d" % (number, rank)
         return blake2b(text, key=self._token.secret, person=b"ringps-local", digest_size=16).digest()
+
+
+def _patiently(
+    one: socket.socket, operation: Callable[[], T], deadline_s: float, check: Callable[[], None]
+) -> T:
+    """`operation`, which blocks on `one`, with looks at `check` in between.
+
+    Raises:
+        TimeoutError: it did not end before `deadline_s`.
+    """
+    one.settimeout(_LOOK_S)
+    while True:
+        try:
+            return operation()
+        except TimeoutError:
+            check()
+            if time.monotonic() >= deadline_s:
+                raise
 
 
 def _name(token: JobKey, worker_id: int) -> bytes:
