@@ -28,7 +28,6 @@ import report
 import ringps
 import workers
 from report import KIB, MIB
-from ringps import worker_env
 
 SIZES_BYTES = [KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 256 * MIB]
 BASELINE = "gloo"
@@ -120,18 +119,8 @@ def main() -> None:
     if options.plot:
         report.load_pyplot()  # not after minutes of measuring
 
-    env = worker_env.read()
-    rows = []
-    if env is not None:
-        if options.workers:
-            parser.error("under `ringps run` its -n is the world size")
-        options.transport = [env.transport]
-        rows = work(options)
-    else:
-        arguments = [*workers.limit_arguments(options), f"--sizes={','.join(map(str, options.sizes))}"]
-        for world_size in options.workers or [2, 4]:
-            for transport in options.transport:
-                rows += workers.run(__file__, world_size, transport, arguments)
+    sizes = f"--sizes={','.join(map(str, options.sizes))}"
+    rows = workers.collect(parser, options, __file__, work, [sizes])
     if not rows:
         return
     if not options.quiet:

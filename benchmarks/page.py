@@ -99,8 +99,8 @@ multiple of what the line's backend adds: above 1, the line's backend adds less.
 per worker beyond plain PyTorch, in multiples of the gradients' size, from runs of one variant each; memory
 that workers share is counted once.
 
-In every run the parameters were bitwise equal on all ranks in the end, and the losses of all steps those
-of DDP to 1e-4 in the first steps.""",
+In every run the parameters were bitwise equal on all ranks in the end, and the losses of the first three
+steps those of DDP to 1e-4.""",
         table=lambda rows: report.steps(rows).markdown(),
         plot=plots.added_time,
         alt="Time that communication adds to a training step, for each model, world size and backend",

@@ -126,18 +126,10 @@ def main() -> None:
     if options.plot:
         report.load_pyplot()  # not after minutes of measuring
 
-    env = worker_env.read()
-    rows = []
-    if env is not None:
-        if options.workers:
-            parser.error("under `ringps run` its -n is the world size")
-        options.transport = [env.transport]
-        rows = work(options)
-    else:
-        arguments = [*workers.limit_arguments(options), f"--models={','.join(options.models)}"]
+    models = f"--models={','.join(options.models)}"
+    rows = workers.collect(parser, options, __file__, work, [models])
+    if worker_env.read() is None:
         for transport in options.transport:
-            for world_size in options.workers or [2, 4]:
-                rows += workers.run(__file__, world_size, transport, arguments)
             rows = with_memory(rows, options.memory_model, transport)
     if not rows:
         return

@@ -15,6 +15,7 @@ import torch
 
 import report
 import ringps
+from ringps import worker_env
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,35 @@ def run(script: str, world_size: int, transport: str, arguments: Sequence[str]) 
         if code:
             sys.exit(code)
         return report.read_json(rows)
+
+
+def collect(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    script: str,
+    work: Callable[[argparse.Namespace], list[report.Row]],
+    arguments: Sequence[str],
+) -> list[report.Row]:
+    """As a worker, what `work` measures (rows on rank 0); else that of workers, of each size and transport.
+
+    Args:
+        parser: for errors in `options`.
+        options: has what `add_options` added.
+        script: the measuring script.
+        work: measures as one of the workers.
+        arguments: the script's own for its workers, beside the limits.
+    """
+    env = worker_env.read()
+    if env is not None:
+        if options.workers:
+            parser.error("under `ringps run` its -n is the world size")
+        options.transport = [env.transport]
+        return work(options)
+    rows: list[report.Row] = []
+    for world_size in options.workers or [2, 4]:
+        for transport in options.transport:
+            rows += run(script, world_size, transport, [*limit_arguments(options), *arguments])
+    return rows
 
 
 def take_turns(turns: Sequence[Callable[[], float]], warm_rounds: int, limits: Limits) -> list[list[float]]:
