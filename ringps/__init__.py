@@ -19,13 +19,14 @@ if TYPE_CHECKING:
         broadcast,
         empty,
         generation,
+        joining,
         local_rank,
         rank,
         reduce_scatter,
         worker_id,
         world_size,
     )
-    from ringps.config import Config, Exchange, Timeouts
+    from ringps.config import Config, Exchange, Recovery, Timeouts
     from ringps.errors import (
         AddressInUseError,
         AuthenticationError,
@@ -34,16 +35,19 @@ if TYPE_CHECKING:
         CollectiveMismatchError,
         CollectiveTimeoutError,
         CoordinatorUnreachableError,
+        DivergedError,
+        ExpelledError,
         FrameError,
         LayoutMismatchError,
         PeerLeftError,
         PeerLostError,
         RefusedError,
         RingBrokenError,
+        RingChangedError,
         RingpsError,
         SetupError,
     )
-    from ringps.optim import DistributedOptimizer
+    from ringps.optim import DistributedOptimizer, TrainState
     from ringps.runtime import ElasticBatchSampler, init, shutdown
 
 __all__ = [
@@ -56,17 +60,22 @@ __all__ = [
     "Config",
     "CoordinatorUnreachableError",
     "DistributedOptimizer",
+    "DivergedError",
     "ElasticBatchSampler",
     "Exchange",
+    "ExpelledError",
     "FrameError",
     "LayoutMismatchError",
     "PeerLeftError",
     "PeerLostError",
+    "Recovery",
     "RefusedError",
     "RingBrokenError",
+    "RingChangedError",
     "RingpsError",
     "SetupError",
     "Timeouts",
+    "TrainState",
     "__version__",
     "all_gather",
     "all_reduce",
@@ -75,6 +84,7 @@ __all__ = [
     "empty",
     "generation",
     "init",
+    "joining",
     "local_rank",
     "rank",
     "reduce_scatter",
@@ -84,9 +94,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Config", "Exchange", "Timeouts"), "ringps.config"),
+    **dict.fromkeys(("Config", "Exchange", "Recovery", "Timeouts"), "ringps.config"),
     **dict.fromkeys(("ElasticBatchSampler", "init", "shutdown"), "ringps.runtime"),
-    "DistributedOptimizer": "ringps.optim",
+    **dict.fromkeys(("DistributedOptimizer", "TrainState"), "ringps.optim"),
     **{name: "ringps.errors" for name in __all__ if name.endswith("Error")},
 }
 

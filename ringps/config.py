@@ -33,8 +33,22 @@ class Timeouts:
     heartbeat_interval_s: float = 0.25
     """How often every worker tells the coordinator that it is alive."""
 
-    heartbeat_timeout_s: float = 3.0
+    heartbeat_timeout_s: float = 2.5
     """Silence after which the coordinator counts a worker as lost (frozen or cut off)."""
+
+    closed_connection_s: float = 0.1
+    """After a data connection closed: how long to wait for news of the process behind it before the
+    coordinator is asked for another generation."""
+
+    silent_link_s: int = 3
+    """Whole seconds after which a TCP connection whose other machine answers nothing is broken."""
+
+    reform_timeout_s: float = 3.0
+    """How long the members of a new generation may take to connect to each other, once all are ready."""
+
+    feed_timeout_s: float = 60.0
+    """How long a joining worker may take to get the state from the other members, which wait for it in
+    their next step; then it gives up."""
 
     op_timeout_s: float = 300.0
     """How long a collective may go without any progress before it is an error."""
@@ -52,6 +66,35 @@ class Timeouts:
                 f"heartbeat_timeout_s ({self.heartbeat_timeout_s}) must be at least twice "
                 f"heartbeat_interval_s ({self.heartbeat_interval_s}), or one late beat ends the job"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What is watched for while training goes well. All ranks must use the same values."""
+
+    check_parameters_every: int = 100
+    """Steps between two comparisons of the ranks' parameters; 0 never compares. Each reads all parameters
+    once."""
+
+    on_divergence: Literal["heal", "stop"] = "heal"
+    """Ranks hold different bits: "heal" copies those of a rank that is right, "stop" raises
+    `DivergedError` on all."""
+
+    straggler_factor: float = 1.5
+    """A rank that needs so many times the others' median for its own part of a step is a straggler..."""
+
+    straggler_steps: int = 20
+    """...if that has been so on average over about so many steps."""
+
+    def __post_init__(self) -> None:
+        if self.check_parameters_every < 0:
+            raise ValueError(f"check_parameters_every must be 0 or more, not {self.check_parameters_every}")
+        if self.on_divergence not in ("heal", "stop"):
+            raise ValueError(f'on_divergence must be "heal" or "stop", not {self.on_divergence!r}')
+        if not self.straggler_factor > 1:
+            raise ValueError(f"straggler_factor must be greater than 1, not {self.straggler_factor}")
+        if self.straggler_steps < 1:
+            raise ValueError(f"straggler_steps must be at least 1, not {self.straggler_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +149,9 @@ class Config:
 
     exchange: Exchange = field(default_factory=Exchange)
     """How gradients travel."""
+
+    recovery: Recovery = field(default_factory=Recovery)
+    """What is watched for while training goes well."""
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:

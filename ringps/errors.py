@@ -10,7 +10,10 @@
     │   └── RefusedError                the coordinator answered and said no, with its reason
     ├── RingBrokenError                 the ring cannot go on as it is
     │   ├── PeerLostError               a member died, froze or became unreachable
-    │   └── PeerLeftError               a member called shutdown() while others still needed it
+    │   ├── PeerLeftError               a member called shutdown() while others still needed it
+    │   └── ExpelledError               the others took this worker for lost, and went on without it
+    ├── RingChangedError                another generation is to form; always caught inside
+    ├── DivergedError                   ranks hold different bits where all must hold the same
     ├── CollectiveError
     │   ├── CollectiveMismatchError     ranks called different collectives
     │   ├── CollectiveTimeoutError      a collective made no progress for op_timeout_s
@@ -72,6 +75,23 @@ class PeerLostError(RingBrokenError):
 
 class PeerLeftError(RingBrokenError):
     """A member called shutdown() (or its script ended) while others still needed it."""
+
+
+class ExpelledError(RingBrokenError):
+    """The others took this worker for lost (frozen, or cut off) and went on without it."""
+
+
+class RingChangedError(RingpsError):
+    """The coordinator forms another generation. Always caught inside: what was under way is done again."""
+
+
+class DivergedError(RingpsError):
+    """Ranks hold different bits where all must hold the same. `worker_ids` names whose are wrong; it is
+    empty if that cannot be told."""
+
+    def __init__(self, message: str, *, worker_ids: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.worker_ids = worker_ids
 
 
 class CollectiveError(RingpsError):

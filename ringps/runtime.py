@@ -10,52 +10,21 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from ringps import worker_env
-from ringps.collectives import Communicator, current, use
+from ringps.collectives import Communicator, ElasticCommunicator, current, use
+from ringps.collectives.awaiting import AwaitingBackend, prospect
 from ringps.collectives.backend import Backend
-from ringps.collectives.formation import Doors
 from ringps.collectives.ring_backend import RingBackend
 from ringps.config import Config
 from ringps.data import sampler
-from ringps.errors import PeerLostError, RingBrokenError, RingpsError
-from ringps.membership import JobKey, WorkerLink
+from ringps.errors import PeerLostError, RingChangedError, RingpsError
+from ringps.membership import JobOver
+from ringps.optim import admission
+from ringps.regroup import Regroup, blamed
 from ringps.ring.topology import Generation, Member
 from ringps.worker_env import WorkerEnv
-
-
-class _Bridge:
-    """Takes what the coordinator says to the engine. Called on the link's thread."""
-
-    def __init__(self) -> None:
-        self.backend: Backend | None = None
-        self._early: PeerLostError | None = None
-
-    def attach(self, backend: Backend) -> None:
-        self.backend = backend
-        if self._early is not None:
-            backend.fail(self._early)
-
-    def check(self) -> None:
-        """Raise if a member was lost before the ring was there."""
-        if self._early is not None:
-            raise self._early
-
-    def on_lost(self, error: PeerLostError) -> None:
-        self._early = error
-        if self.backend is not None:
-            self.backend.fail(error)
-
-    def on_left(self, rank: int, completed: int) -> None:
-        if self.backend is not None:
-            self.backend.peer_left(rank, completed)
-
-    def on_inquiry(self, sequence: int) -> str:
-        return self.backend.describe(sequence) if self.backend is not None else "no ring yet"
-
-    def on_verdict(self, sequence: int, calls: tuple[str, ...]) -> None:
-        if self.backend is not None:
-            self.backend.verdict(sequence, calls)
 
 
 @dataclass(frozen=True)
@@ -63,9 +32,15 @@ class _Ring:
     """This process's parts, and the process that they belong to."""
 
     communicator: Communicator
-    backend: Backend
-    link: WorkerLink | None
+    regroup: Regroup | None
+    alone: Backend | None
     pid: int
+
+    @property
+    def backend(self) -> Backend:
+        backend = self.alone if self.regroup is None else self.regroup.backend
+        assert backend is not None
+        return backend
 
 
 _ring: _Ring | None = None
@@ -74,8 +49,10 @@ _ring: _Ring | None = None
 def init(config: Config | None = None) -> None:
     """Join the ring.
 
-    Started by `ringps run`, this waits until all workers of the job have come. Started by hand it
-    makes a ring of one, so that the same script runs alone.
+    Started by `ringps run`, this waits until all workers of the job have come. A worker that starts while a
+    ring runs already does not wait: it gets the members' state when its script comes to
+    `TrainState.steps`, and is a member from then on. Started by hand it makes a ring of one, so that the same
+    script runs alone.
 
     Args:
         config: settings; None takes the defaults, changed by `RINGPS_*` variables.
@@ -92,6 +69,7 @@ def init(config: Config | None = None) -> None:
     env = worker_env.read()
     _ring = _join(env, config) if env is not None else _alone(config)
     use(_ring.communicator)
+    admission.use(_ring.regroup if _ring.communicator.elastic else None)
 
 
 def shutdown() -> None:
@@ -107,12 +85,13 @@ def shutdown() -> None:
     global _ring
     ring, _ring = _ring, None
     use(None)
+    admission.use(None)
     if ring is None or ring.pid != os.getpid():
         return
     try:
-        ring.backend.drain()
-        if ring.link is not None:
-            ring.link.leave(ring.backend.completed)
+        member = not ring.communicator.joining and not (ring.regroup and ring.regroup.departed)
+        if member:
+            _finish(ring)
     finally:
         _take_apart(ring)
 
@@ -143,37 +122,71 @@ def _alone(config: Config) -> _Ring:
     member = Member(worker_id=0, host=socket.gethostname(), address="", pid=os.getpid())
     view = Generation(number=1, members=(member,), rank=0)
     backend = RingBackend(view, None, config.exchange, config.timeouts, None)
-    return _Ring(Communicator(view, backend), backend, None, os.getpid())
+    return _Ring(Communicator(view, backend), None, backend, os.getpid())
 
 
 def _join(env: WorkerEnv, config: Config) -> _Ring:
-    bridge = _Bridge()
-    doors: list[Doors] = []
-
-    def bind(token: JobKey, encrypt: bool) -> str:
-        doors.append(Doors(env, token, config, encrypt=encrypt))
-        return doors[-1].address
-
-    link = WorkerLink(env, config.timeouts, bridge)
+    regroup = Regroup(env, config, _program())
+    link = regroup.link
     try:
-        view = link.join(bind)
-        formed = doors[-1].form(view, link, bridge.check)
+        first = regroup.first()
+    except JobOver:
+        regroup.close()
+        print("ringps: the job ended before this worker could join it", file=sys.stderr)
+        raise SystemExit(0) from None
     except BaseException as error:
-        for door in doors:
-            door.close()
-        _give_up(link, error)
+        link.fail(f"{type(error).__name__}: {error}", blamed(error))
+        regroup.close()
         raise
-    bridge.attach(formed.backend)
+    communicator: Communicator
+    if first is None:
+        view = prospect(env, link.running)
+        communicator = ElasticCommunicator(
+            view, AwaitingBackend(), regroup, config.recovery, on_step=link.report_step, joining=True
+        )
+        return _Ring(communicator, regroup, None, os.getpid())
+    view, formed = first
     if view.rank == 0 and view.world_size > 1:
         print(f"ringps: {formed.summary}", file=sys.stderr)
-    communicator = Communicator(view, formed.backend, on_step=link.report_step)
-    return _Ring(communicator, formed.backend, link, os.getpid())
+    if link.elastic:
+        communicator = ElasticCommunicator(
+            view, formed.backend, regroup, config.recovery, on_step=link.report_step
+        )
+    else:
+        communicator = Communicator(view, formed.backend, on_step=link.report_step)
+    return _Ring(communicator, regroup, None, os.getpid())
+
+
+def _finish(ring: _Ring) -> None:
+    """Wait until all ranks have finished; what is lost on the way concerns an elastic ring only."""
+    while True:
+        try:
+            ring.backend.drain()
+            if ring.regroup is not None:
+                ring.regroup.link.leave(ring.backend.completed)
+            return
+        except (PeerLostError, RingChangedError) as error:
+            if not isinstance(ring.communicator, ElasticCommunicator):
+                raise
+            ring.communicator.reform(error)
+            ring.communicator.settle()
 
 
 def _take_apart(ring: _Ring) -> None:
-    ring.backend.close()
-    if ring.link is not None:
-        ring.link.close()
+    if ring.regroup is not None:
+        ring.regroup.close()
+    else:
+        ring.backend.close()
+
+
+def _program() -> str:
+    """Names this process's script by its contents; "" if it has none."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    try:
+        with open(path or "", "rb") as script:
+            return blake2b(script.read(), digest_size=8).hexdigest()
+    except OSError:
+        return ""
 
 
 @atexit.register
@@ -190,15 +203,10 @@ def _at_exit() -> None:
             print(f"ringps: while leaving the ring: {late}", file=sys.stderr)
         return
     ring, _ring = _ring, None
-    ring.backend.close()
-    if ring.link is not None:
-        _give_up(ring.link, error)
-
-
-def _give_up(link: WorkerLink, error: BaseException) -> None:
-    """Let the others know why this worker ends, and whose fault it is if not its own."""
-    blames = error.blames if isinstance(error, RingBrokenError) else None
-    link.fail(f"{type(error).__name__}: {error}", blames)
+    if ring.regroup is not None:
+        # The others are to know at once why this worker ends, and whose fault it is if not its own.
+        ring.regroup.link.fail(f"{type(error).__name__}: {error}", blamed(error))
+    _take_apart(ring)
 
 
 def _forget() -> None:
@@ -206,6 +214,7 @@ def _forget() -> None:
     global _ring
     _ring = None
     use(None)
+    admission.use(None)
 
 
 os.register_at_fork(after_in_child=_forget)

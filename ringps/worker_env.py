@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from ringps.config import Config, Exchange, Timeouts, TransportName
+from ringps.config import Config, Exchange, Recovery, Timeouts, TransportName
 
 _PREFIX = "RINGPS_"
 
@@ -88,7 +88,7 @@ def read(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
 def configure(environ: Mapping[str, str] | None = None) -> Config:
     """The default settings, changed by `RINGPS_<SETTING>` variables.
 
-    Every field of `Timeouts` and `Exchange` has one: `RINGPS_OP_TIMEOUT_S=60`,
+    Every field of `Timeouts`, `Exchange` and `Recovery` has one: `RINGPS_OP_TIMEOUT_S=60`,
     `RINGPS_CHUNK_BYTES=524288`, and so on.
 
     Raises:
@@ -96,19 +96,28 @@ def configure(environ: Mapping[str, str] | None = None) -> Config:
     """
     environ = os.environ if environ is None else environ
     timeouts, exchange = Timeouts(), Exchange()
-    timeouts = replace(timeouts, **_overrides(environ, timeouts))
+    timeouts = replace(timeouts, **_overrides(environ, timeouts))  # type: ignore[arg-type]
     exchange = replace(exchange, **_overrides(environ, exchange))  # type: ignore[arg-type]
+    recovery = Recovery()
+    recovery = replace(recovery, **_overrides(environ, recovery))  # type: ignore[arg-type]
     transport = environ.get(_PREFIX + "TRANSPORT", "auto")
-    return Config(transport=transport, timeouts=timeouts, exchange=exchange)  # type: ignore[arg-type]
+    return Config(
+        transport=transport,  # type: ignore[arg-type]
+        timeouts=timeouts,
+        exchange=exchange,
+        recovery=recovery,
+    )
 
 
-def _overrides(environ: Mapping[str, str], defaults: Timeouts | Exchange) -> dict[str, float]:
-    changed: dict[str, float] = {}
+def _overrides(
+    environ: Mapping[str, str], defaults: Timeouts | Exchange | Recovery
+) -> dict[str, float | str]:
+    changed: dict[str, float | str] = {}
     for entry in fields(defaults):
         name = _PREFIX + entry.name.upper()
         if name in environ:
             kind = type(getattr(defaults, entry.name))
-            changed[entry.name] = _number(name, environ[name], kind)
+            changed[entry.name] = environ[name] if kind is str else _number(name, environ[name], kind)
     return changed
 
 

@@ -22,6 +22,7 @@ from ringps.membership import WorkerLink
 
 class Deaf:
     def on_lost(self, error): pass
+    def on_changed(self, error): pass
 
 link = WorkerLink(worker_env.read(), worker_env.configure().timeouts, Deaf())
 link.join(lambda token, encrypt: "tcp://127.0.0.1:9")

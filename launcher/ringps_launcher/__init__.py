@@ -2,8 +2,9 @@
 
 Belongs here: parsing the command line, placing and spawning workers, signals, output, exit codes.
 Does not: anything that a worker needs while it trains (that is `ringps`), and torch is never
-imported. What to do when something happens is decided in the PURE files (`job`, `plan`, `restart`);
-`supervise` carries it out in one selectors loop.
+imported. What to do when something happens is decided in the PURE files (`plan` who runs where,
+`restart` what follows from an exit, with `losses`, `replacement` and `outcome`); `supervise` carries
+it out in one selectors loop.
 
 Start reading at `supervise.py`.
 """

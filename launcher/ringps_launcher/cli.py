@@ -17,6 +17,11 @@ from ringps_launcher.job import Job
 _USAGE_ERROR = 2
 _FAILURE = 1
 
+_MIN_WORKERS = (
+    "when a worker is lost, the ring goes on in the same processes as long as M workers are left "
+    "(default: 1); with as many as the job has, it is a fixed ring: the first loss ends the job"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
@@ -81,6 +86,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     transports = ("auto", "shm", "tcp", "zmq")
     add("--transport", choices=transports, default="auto", help="how data travels (default: auto)")
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
+    add(
+        "--min-workers",
+        type=_count,
+        metavar="M",
+        help=f"{_MIN_WORKERS}. Of a job on several machines, `ringps coordinator` is told.",
+    )
+    add(
+        "--max-restarts",
+        type=_restarts,
+        default=3,
+        metavar="R",
+        help="lost workers that are replaced on this machine, all in all (default: 3); meanwhile, the ring "
+        "goes on without them",
+    )
     add("--join", metavar="HOST:PORT", type=_address, help="the coordinator of a job on several machines")
     add("--key-file", metavar="FILE", help="the job key that the coordinator wrote; goes with --join")
     add(
@@ -123,6 +142,7 @@ def _add_coordinator(parser: argparse.ArgumentParser) -> None:
         metavar="TOTAL",
         help="workers of the whole job (default: of those launchers that come soon after each other)",
     )
+    add("--min-workers", type=_count, default=1, metavar="M", help=_MIN_WORKERS)
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
     add("--events", metavar="FILE", help="append what happens, one JSON object a line")
 
@@ -134,6 +154,9 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError("--join and --key-file go together", "ringps run")
     if options.address is not None and options.join is None:
         raise UsageError("--address goes with --join", "ringps run")
+    if options.join is not None and options.min_workers is not None:
+        raise UsageError("with --join, --min-workers goes to `ringps coordinator`", "ringps run")
+    _check_min_workers(options, "ringps run")
     job = Job(
         program=options.script,
         arguments=tuple(options.arguments),
@@ -142,6 +165,8 @@ def _run(options: argparse.Namespace) -> int:
         transport=options.transport,
         encrypt_data=options.encrypt_data,
         grace_s=options.grace,
+        min_workers=options.min_workers or 1,
+        max_restarts=options.max_restarts,
     )
     from ringps_launcher import supervise  # loads ZeroMQ: only once the arguments are right
 
@@ -161,6 +186,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _coordinator(options: argparse.Namespace) -> int:
+    _check_min_workers(options, "ringps coordinator")
     from ringps_launcher import coordinate
 
     return coordinate.serve(
@@ -168,11 +194,18 @@ def _coordinator(options: argparse.Namespace) -> int:
             bind=options.bind,
             key_file=options.key_file,
             workers=options.workers,
+            min_workers=options.min_workers,
             encrypt_data=options.encrypt_data,
             events=options.events,
         ),
         os.environ,
     )
+
+
+def _check_min_workers(options: argparse.Namespace, program: str) -> None:
+    wanted, workers = options.min_workers, options.workers
+    if wanted is not None and workers is not None and wanted > workers:
+        raise UsageError(f"--min-workers {wanted} is above -n {workers}: the job has no more", program)
 
 
 def _check_script(path: str) -> None:
@@ -191,6 +224,16 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if count < 1:
         raise argparse.ArgumentTypeError(f"at least 1 worker is needed, not {count}")
+    return count
+
+
+def _restarts(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"0 restarts is the least, not {count}")
     return count
 
 

@@ -37,6 +37,9 @@ class Options:
     workers: int | None = None
     """Workers of the whole job, or None for those of the launchers that come."""
 
+    min_workers: int = 1
+    """With how many workers the ring still goes on."""
+
     encrypt_data: bool = False
     """Encrypt data connections too."""
 
@@ -76,6 +79,7 @@ class Service:
             host=host,
             port=port,
             world_size=options.workers,
+            min_workers=options.min_workers,
             settle_s=SETTLE_S,
             encrypt_data=options.encrypt_data,
             timeouts=worker_env.configure(environ).timeouts,

@@ -34,15 +34,16 @@ class Crew:
         self._logs: dict[int, RawLog] = {}
 
     def start(self, seat: Seat, command: Sequence[str], log_dir: str | None) -> int:
-        """Start a worker; returns its process id.
+        """Start a worker; returns its process id. A replacement goes on in its predecessor's log.
 
         Raises:
             OSError: the system cannot start another process.
             SetupError: its log file cannot be written.
         """
-        log = None if log_dir is None else RawLog(log_dir, seat.rank)
-        if log is not None:
-            self._logs[seat.worker_id] = log
+        self._retire(seat.worker_id)
+        if log_dir is not None and seat.worker_id not in self._logs:
+            self._logs[seat.worker_id] = RawLog(log_dir, seat.rank)
+        log = self._logs.get(seat.worker_id)
         worker = WorkerProcess(seat, command, self._guard)
         self._running[seat.worker_id] = worker
         self._loop.add_reader(worker.pidfd, partial(self._reap, worker))
@@ -50,7 +51,8 @@ class Crew:
             (worker.stdout, self._console.stdout_of(seat.rank)),
             (worker.stderr, self._console.stderr_of(seat.rank)),
         ):
-            self._pipes.append(Pipe(descriptor, stream, log, self._loop, self._console))
+            pipe = Pipe(seat.worker_id, descriptor, stream, log, self._loop, self._console)
+            self._pipes.append(pipe)
         return worker.pid
 
     def log_of(self, worker_id: int) -> str | None:
@@ -98,6 +100,16 @@ class Crew:
         for log in self._logs.values():
             log.close()
 
+    def _retire(self, worker_id: int) -> None:
+        """Pass on what a predecessor in this seat printed last, and give its descriptors back."""
+        for pipe in self._pipes:
+            if pipe.worker_id == worker_id:
+                pipe.finish()
+        self._pipes = [pipe for pipe in self._pipes if not pipe.ended]
+        for worker in [worker for worker in self._exited if worker.seat.worker_id == worker_id]:
+            worker.close()
+            self._exited.remove(worker)
+
     def _reap(self, worker: WorkerProcess) -> None:
         self._loop.remove(worker.pidfd)
         status = worker.reap()
@@ -110,8 +122,15 @@ class Pipe:
     """A worker's stdout or stderr, read as long as the reader of ours keeps up."""
 
     def __init__(
-        self, descriptor: int, stream: Stream, log: RawLog | None, loop: Loop, console: Console
+        self,
+        worker_id: int,
+        descriptor: int,
+        stream: Stream,
+        log: RawLog | None,
+        loop: Loop,
+        console: Console,
     ) -> None:
+        self.worker_id = worker_id
         self._descriptor = descriptor
         self._stream = stream
         self._log = log

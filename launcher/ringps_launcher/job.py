@@ -31,9 +31,22 @@ class Job:
     grace_s: float = 10.0
     """From SIGTERM to SIGKILL."""
 
+    min_workers: int = 1
+    """With how many workers the ring still goes on. Counts where this launcher is the whole job; of a job
+    on several machines, the coordinator is told."""
+
+    max_restarts: int = 3
+    """Lost workers that this launcher replaces, all in all."""
+
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"-n must be at least 1, not {self.workers}")
+        if not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"--min-workers must be from 1 to the {self.workers} of -n, not {self.min_workers}"
+            )
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts must be 0 or more, not {self.max_restarts}")
         if not self.grace_s >= 0:
             raise ValueError(f"--grace must be 0 or more seconds, not {self.grace_s}")
         if not self.program:

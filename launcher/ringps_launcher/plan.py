@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringps.worker_env import WorkerEnv
 from ringps_launcher.job import Job
@@ -60,6 +60,9 @@ class Seat:
     environ: Mapping[str, str]
     """The worker's whole environment."""
 
+    restart: int = 0
+    """Which replacement of this worker it is; 0 for the first process."""
+
 
 def seats(job: Job, placement: Placement, *, environ: Mapping[str, str], cores: int) -> tuple[Seat, ...]:
     """The workers to start here, in rank order.
@@ -69,6 +72,12 @@ def seats(job: Job, placement: Placement, *, environ: Mapping[str, str], cores: 
         cores: CPU cores that the workers here may use between them.
     """
     return tuple(_seat(job, placement, local_rank, environ, cores) for local_rank in range(job.workers))
+
+
+def replacement(seat: Seat, restart: int) -> Seat:
+    """The same seat for another process: the `restart`-th one after the first."""
+    environ = {**seat.environ, "TORCHELASTIC_RESTART_COUNT": str(restart)}
+    return replace(seat, environ=environ, restart=restart)
 
 
 def _seat(job: Job, placement: Placement, local_rank: int, environ: Mapping[str, str], cores: int) -> Seat:
@@ -118,7 +127,7 @@ def _torchrun_variables(job: Job, placement: Placement, rank: int, local_rank: i
         "MASTER_ADDR": placement.master_address,
         "MASTER_PORT": placement.master_port,
         "TORCHELASTIC_RESTART_COUNT": 0,
-        "TORCHELASTIC_MAX_RESTARTS": 0,
+        "TORCHELASTIC_MAX_RESTARTS": job.max_restarts,
         "TORCHELASTIC_RUN_ID": "ringps",
     }
     return {name: str(value) for name, value in values.items()}

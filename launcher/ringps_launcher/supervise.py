@@ -1,7 +1,8 @@
 """`ringps run`: start this machine's workers, watch them, and end with the job's exit code.
 
 One loop on one thread sees every worker's exit, every line of output, every signal and every word
-of the coordinator. `restart.Supervision` decides, this file carries out. Nothing is left behind on
+of the coordinator. `restart.Supervision` decides, also on replacements of lost workers; this file
+carries out. Nothing is left behind on
 any way out: a worker's whole process group is killed when it exits, and if this process is killed
 itself, its guard does the same. (A process that a worker moved into a session of its own is the
 worker's to end.)
@@ -22,15 +23,18 @@ from ringps import worker_env
 from ringps.errors import SetupError
 from ringps.membership import (
     Assignment,
+    CoordinatorBack,
     CoordinatorLost,
     CoordinatorSettings,
+    Expel,
     JobDone,
     JobEvent,
     JobFailed,
     LauncherLink,
     LauncherMessage,
+    Replaceable,
 )
-from ringps_launcher import plan, rendezvous, restart
+from ringps_launcher import plan, rendezvous, stimuli
 from ringps_launcher.console import Console
 from ringps_launcher.crew import Crew
 from ringps_launcher.events import EventLog
@@ -38,7 +42,10 @@ from ringps_launcher.guard import Guard
 from ringps_launcher.job import Job
 from ringps_launcher.loop import Loop, stop_signals
 from ringps_launcher.network import ReservedPort
+from ringps_launcher.outcome import Failure, Outcome, describe_exit, exit_code, last_line
 from ringps_launcher.rendezvous import Registration, Site
+from ringps_launcher.replacement import Replacements
+from ringps_launcher.restart import Supervision
 
 _PATIENCE_S = 2.0
 _CANNOT_START = 126
@@ -103,7 +110,8 @@ class Launcher:
             stack.callback(self._events.close)
         if options.log_dir is not None:
             _make_log_dir(options.log_dir)
-        self._ranks: dict[int, int] = {}
+        self._seats: dict[int, plan.Seat] = {}
+        self._command = job.command(options.python)
         self._guard = Guard()
         stack.callback(self._guard.close)
         self._loop.add_reader(self._guard.pidfd, self._guard_died)
@@ -118,7 +126,7 @@ class Launcher:
             assignment = self._register(site, port.number)
             if assignment is None:
                 number = self._stops.popleft()
-                return self._finish(restart.Outcome(code=128 + number, signal=number))
+                return self._finish(Outcome(code=128 + number, signal=number))
             self._start(site, assignment)
             return self._finish(self._watch())
 
@@ -127,6 +135,7 @@ class Launcher:
         if options.join is None:
             settings = CoordinatorSettings(
                 world_size=self._job.workers,
+                min_workers=self._job.min_workers,
                 encrypt_data=self._job.encrypt_data,
                 timeouts=self._timeouts,
             )
@@ -167,30 +176,36 @@ class Launcher:
         )
         cores = len(os.sched_getaffinity(0))
         seats = plan.seats(self._job, placement, environ=self._environ, cores=cores)
-        self._ranks = {seat.worker_id: seat.rank for seat in seats}
-        self._supervision = restart.Supervision(
-            self._ranks,
+        self._seats = {seat.worker_id: seat for seat in seats}
+        self._supervision = Supervision(
+            {seat.worker_id: seat.rank for seat in seats},
             host=site.host,
             grace_s=self._job.grace_s,
             verdict_s=self._timeouts.heartbeat_timeout_s + _VERDICT_MARGIN_S,
+            replacements=Replacements(self._job.max_restarts),
         )
-        command = self._job.command(self._options.python)
         for seat in seats:
-            try:
-                pid = self._crew.start(seat, command, self._options.log_dir)
-            except (OSError, SetupError) as error:
-                reason = f"could not be started: {error}"
-                self._exited(seat.worker_id, _CANNOT_START, reason)
-            else:
-                self._record("worker_started", seat.worker_id, pid=pid)
+            self._start_worker(seat)
 
-    def _watch(self) -> restart.Outcome:
+    def _start_worker(self, seat: plan.Seat) -> None:
+        try:
+            pid = self._crew.start(seat, self._command, self._options.log_dir)
+        except (OSError, SetupError) as error:
+            reason = f"could not be started: {error}"
+            self._exited(seat.worker_id, _CANNOT_START, reason)
+            return
+        self._link.worker_started(seat.worker_id)
+        restarts = {"restart": seat.restart} if seat.restart else {}
+        self._record("worker_started", seat.worker_id, pid=pid, **restarts)
+        self._decide(stimuli.WorkerStarted(worker_id=seat.worker_id, pid=pid))
+
+    def _watch(self) -> Outcome:
         while True:
             while self._inbox:
                 self._hear(self._inbox.popleft())
             while self._stops:
-                self._decide(restart.StopAsked(number=self._stops.popleft()))
-            self._decide(restart.TimePassed())
+                self._decide(stimuli.StopAsked(number=self._stops.popleft()))
+            self._decide(stimuli.TimePassed())
             outcome = self._supervision.outcome
             if outcome is not None:
                 return outcome
@@ -206,13 +221,13 @@ class Launcher:
         if self._console.broken and not broken:
             self._stops.append(signal.SIGPIPE)
 
-    def _finish(self, outcome: restart.Outcome) -> int:
+    def _finish(self, outcome: Outcome) -> int:
         self._crew.finish()
         failure = outcome.failure
-        line = restart.last_line(
+        line = last_line(
             outcome,
             log=None if failure is None else self._crew.log_of(failure.worker_id),
-            local=failure is not None and failure.worker_id in self._ranks,
+            local=failure is not None and failure.worker_id in self._seats,
         )
         if lost := self._console.lost():
             self._console.say(f"part of the output above is missing: {lost}")
@@ -222,24 +237,33 @@ class Launcher:
         self._console.finish(limit_s, give_up=lambda: bool(self._stops))
         return outcome.code
 
-    def _decide(self, event: restart.Event) -> None:
+    def _decide(self, event: stimuli.Event) -> None:
         for action in self._supervision.handle(event, time.monotonic()):
             match action:
-                case restart.Report():
-                    self._link.worker_exited(action.worker_id, action.code, action.reason)
-                case restart.Terminate():
+                case stimuli.Report():
+                    self._link.worker_exited(action.worker_id, action.pid, action.code, action.reason)
+                case stimuli.Restarting():
+                    self._record(
+                        "worker_restarting",
+                        action.worker_id,
+                        delay_s=action.delay_s,
+                        restarts_left=action.restarts_left,
+                    )
+                case stimuli.Start():
+                    self._start_worker(plan.replacement(self._seats[action.worker_id], action.restart))
+                case stimuli.Terminate():
                     self._crew.terminate(action.worker_ids)
-                case restart.Kill():
+                case stimuli.Kill():
                     self._crew.kill(action.worker_ids)
-                case restart.Say():
+                case stimuli.Say():
                     self._console.say(action.text)
 
     def _worker_exited(self, seat: plan.Seat, status: int) -> None:
-        self._exited(seat.worker_id, restart.exit_code(status), restart.describe_exit(status))
+        self._exited(seat.worker_id, exit_code(status), describe_exit(status))
 
     def _exited(self, worker_id: int, code: int, reason: str) -> None:
         self._record("worker_exited", worker_id, code=code, reason=reason)
-        self._decide(restart.WorkerExited(worker_id=worker_id, code=code, reason=reason))
+        self._decide(stimuli.WorkerExited(worker_id=worker_id, code=code, reason=reason))
 
     def _receive(self, message: LauncherMessage) -> None:
         """On the link's thread."""
@@ -249,19 +273,27 @@ class Launcher:
         match message:
             case JobEvent():
                 self._write_event(message.event)
+                if (meaning := stimuli.from_job_event(message.event)) is not None:
+                    self._decide(meaning)
             case JobFailed():
-                failure = restart.Failure(
+                failure = Failure(
                     worker_id=message.worker_id,
                     rank=message.rank,
                     host=message.host,
                     code=message.code,
                     reason=message.reason,
                 )
-                self._decide(restart.JobFailed(failure=failure))
+                self._decide(stimuli.JobFailed(failure=failure))
             case JobDone():
-                self._decide(restart.JobDone())
+                self._decide(stimuli.JobDone())
+            case Replaceable(worker_id=worker_id, reason=reason):
+                self._decide(stimuli.Replaceable(worker_id=worker_id, reason=reason))
+            case Expel(worker_id=worker_id, pid=pid, reason=reason):
+                self._decide(stimuli.Expel(worker_id=worker_id, pid=pid, reason=reason))
             case CoordinatorLost():
-                self._decide(restart.CoordinatorLost())
+                self._decide(stimuli.CoordinatorLost())
+            case CoordinatorBack():
+                self._decide(stimuli.CoordinatorBack())
 
     def _guard_died(self) -> None:
         self._loop.remove(self._guard.pidfd)
@@ -274,7 +306,7 @@ class Launcher:
             {
                 "event": event,
                 "worker_id": worker_id,
-                "rank": self._ranks[worker_id],
+                "rank": self._seats[worker_id].rank,
                 "host": self._options.host,
                 **details,
             }

@@ -6,15 +6,24 @@ which all ranks launch the same reductions in the same order. Does not: how a re
 """
 
 from ringps.buckets.agreement import Entry, agree
-from ringps.buckets.reducer import BucketSettings, Reducer, ReducerStatistics, describe
+from ringps.buckets.reducer import (
+    BucketSettings,
+    CommitListener,
+    Reducer,
+    ReducerStatistics,
+    SampleBook,
+    describe,
+)
 from ringps.buckets.ring import ReductionRing
 
 __all__ = [
     "BucketSettings",
+    "CommitListener",
     "Entry",
     "Reducer",
     "ReducerStatistics",
     "ReductionRing",
+    "SampleBook",
     "agree",
     "describe",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,9 +13,10 @@ from ringps.buckets.ring import PendingReduction, ReductionRing
 class FlatBucket:
     """An input and an output tensor, and every parameter's views of them.
 
-    `load` copies a gradient to the input when it has arrived, and `fill` those that have not; the input
-    stays as it is until the next pass. `launch` reduces it to the output, of which the parameters' `.grad`
-    are views from then on, so that the memory of their own gradients is free for the next layer's.
+    `load` copies a gradient to the input when it has arrived, and `close` those that have not; the input
+    stays as it is until the next pass, so that `launch` can reduce it to the output as often as it takes. The
+    parameters' `.grad` are views of the output once it is closed, so that the memory of their own gradients
+    is free for the next layer's.
     """
 
     def __init__(
@@ -75,9 +76,14 @@ class FlatBucket:
         else:
             torch.mul(gradient, weight, out=view)
 
+    @property
+    def output(self) -> torch.Tensor:
+        """The flat tensor of reduced gradients and flags."""
+        return self._output
+
     @torch.no_grad()
-    def launch(self, weight: float | None, rank_flag: bool, op: str, label: str) -> PendingReduction:
-        """Load what has not been loaded, and start the reduction of the input to the output.
+    def close(self, weight: float | None, rank_flag: bool) -> None:
+        """Load what has not been loaded, and let go of the parameters' own gradients: the input is complete.
 
         Raises:
             ValueError: as `load`.
@@ -87,11 +93,23 @@ class FlatBucket:
                 self.load(position, weight)
         self._input_flags.copy_(torch.tensor([*self._present, rank_flag]))
         self.reset()
-        pending = self._ring.all_reduce_into(self._output, self._input, op, label=label)
         for parameter, _, view in self._views:
             if parameter.grad is not None and parameter.grad is not view:
                 parameter.grad = view
-        return pending
+
+    def launch(self, op: str, label: str, then: Callable[[], object] | None) -> PendingReduction:
+        """Start the reduction of the input, which must be complete, to the output.
+
+        Args:
+            op: how to combine.
+            label: names it in messages, and the same on all ranks.
+            then: called when it is done, on any thread.
+        """
+        return self._ring.raw.all_reduce_into(self._output, self._input, op, label=label, then=then)
+
+    def blank(self) -> None:
+        """Let this rank contribute nothing."""
+        self._input.zero_()
 
     def reset(self) -> None:
         """A new pass: nothing has been loaded."""
@@ -118,7 +136,7 @@ class FlatBucket:
             if parameter.grad is not None and parameter.grad is not view:
                 view.copy_(parameter.grad)
         self._output_flags.copy_(torch.tensor([*flags, False]))
-        self._ring.broadcast(self._output, src)
+        self._ring.raw.broadcast(self._output, src)
         self.publish()
 
 

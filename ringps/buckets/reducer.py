@@ -3,6 +3,9 @@
 All ranks launch the same buckets in the same order, whatever order their gradients come in. A pass
 through all buckets happens at the end of a synchronised backward, overlapping it, or in `settle`
 for a rank that had none; so every rank has as many passes as any other.
+
+In an elastic ring a pass is committed by all ranks or by none. If a member is lost meanwhile, all buckets are
+reduced again among those that are left; the buckets' inputs are kept until the next pass.
 """
 
 from __future__ import annotations
@@ -11,20 +14,25 @@ import logging
 import operator
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
+from ringps import probe
 from ringps.buckets.agreement import Entry, agree
 from ringps.buckets.flat import FlatBucket, is_dense
 from ringps.buckets.hooks import GradientHooks
 from ringps.buckets.layout import ParameterSpec, plan
 from ringps.buckets.ring import PendingReduction, ReductionRing
 from ringps.buckets.tuning import CapTuner
+from ringps.errors import PeerLostError, RingChangedError
+from ringps.kernels.digest import EMPTY, combine, digest
+from ringps.ring.commit import Ballot
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +90,39 @@ class ReducerStatistics:
     """Time that backward passes (and `step()`) waited for reductions after their own work was done."""
 
 
+class SampleBook(Protocol):
+    """Which samples of a global batch each rank trained; how much its gradients count follows from that."""
+
+    NO_ENTRY: tuple[int, ...]
+    """Stands for a batch that a rank does not have."""
+
+    def next(self) -> float:
+        """This rank's weight in the sum for the backward that begins; the ranks' weights add up to 1."""
+
+    def entries(self, *, excluded: bool) -> list[tuple[int, ...]]:
+        """For each batch since the last pass: what `book` needs of this rank, as many numbers as `NO_ENTRY`
+        has. The last is the samples that this rank trained of the batch: none if it is `excluded`."""
+
+    def total_samples(self) -> int:
+        """Samples of these batches, over all ranks."""
+
+    def book(self, entries: Sequence[Sequence[Sequence[int]]], rank: int) -> None:
+        """The pass is committed: `entries[rank]` of all that took part; `rank` is this one."""
+
+
+class CommitListener(Protocol):
+    """What else belongs to the commit of a pass."""
+
+    def parameters(self, step: int) -> bytes:
+        """A hash of the parameters if they are to be compared in this step, else `EMPTY`."""
+
+    def heal(self, right: int, wrong: tuple[int, ...]) -> None:
+        """Give the ranks in `wrong` what rank `right` has. Collective."""
+
+    def committed(self, step: int, outcome: Any) -> None:
+        """A pass of this step is committed."""
+
+
 class Reducer:
     """Keeps the gradients of one optimizer's parameters the same on all ranks.
 
@@ -91,8 +132,8 @@ class Reducer:
             reduced.
         name_of: a parameter's name, for messages.
         settings: see there.
-        next_weight: this rank's weight in the sum for the backward that begins; the ranks' weights
-            add up to 1. None: every rank has the same weight.
+        samples: which samples the ranks train. None: every rank has the same weight.
+        listener: takes part in the commit of each pass.
     """
 
     def __init__(
@@ -101,13 +142,15 @@ class Reducer:
         candidates: Callable[[], Iterable[torch.nn.Parameter]],
         name_of: Callable[[torch.Tensor], str],
         settings: BucketSettings,
-        next_weight: Callable[[], float] | None = None,
+        samples: SampleBook | None = None,
+        listener: CommitListener | None = None,
     ) -> None:
         self._ring = ring
         self._candidates = candidates
         self._name = name_of
         self._settings = settings
-        self._next_weight = next_weight
+        self._samples = samples
+        self._listener = listener
         self._hooks = GradientHooks(self)
         self._handles: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._handles)
@@ -130,7 +173,19 @@ class Reducer:
         self._seen: dict[int, None] = {}
         self._missing: list[int] = []
         self._handed: list[PendingReduction] = []
+        self._closed = 0
+        """Buckets whose inputs are complete."""
+        self._digests: list[bytes] = []
+        self._broken: PeerLostError | RingChangedError | None = None
+        """Why the rest of the buckets waits for another generation."""
+        self._attempt = 0
+        self._excluded: tuple[int, ...] = ()
+        """Ranks that contribute nothing, for their parameters were wrong."""
+        self._account: list[list[list[int]]] = []
+        self._account_rank = 0
         self._begun_s = 0.0
+        self._idle_since_s = time.perf_counter()
+        self._busy_s = 0.0
 
         # The step.
         self.held = 0
@@ -165,7 +220,7 @@ class Reducer:
             check_parameter(self._name(parameter), parameter)
         _remove(self._handles)
         for parameter in trainable:
-            self._handles += self._hooks.watch(parameter, scaled=self._next_weight is not None)
+            self._handles += self._hooks.watch(parameter, scaled=self._samples is not None)
         self._parameters = trainable
         self._index_of = {id(parameter): index for index, parameter in enumerate(trainable)}
         self._order = self._buckets = None
@@ -188,7 +243,7 @@ class Reducer:
         """
         self._hooks.settle(strict=True)
         self.refresh()
-        if self._ring.world_size == 1:
+        if not self._exchanges:
             return
         if not self._reduced or self._changed:
             self._late = not self._reduced
@@ -213,15 +268,34 @@ class Reducer:
     @torch.no_grad()
     def mean(self, loss: torch.Tensor | float) -> torch.Tensor | float:
         """The mean of the ranks' losses, weighted as the gradients of the last backward."""
-        if self._ring.world_size == 1:
+        if not self._exchanges:
             return loss
-        weight = 1 / self._ring.world_size if self._weight is None else self._weight
-        total = torch.empty(1, dtype=torch.float64)
-        local = torch.tensor([float(loss) * weight], dtype=torch.float64)
-        self._ring.all_reduce_into(total, local, "sum", label=f"step {self._step}, loss").wait()
+        total = torch.empty(2, dtype=torch.float64)
+
+        def attempt(before: int) -> bytes:
+            weight = 1 / self._ring.world_size if self._weight is None else self._weight * self._factor
+            local = torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
+            label = f"step {self._step}, loss"
+            self._ring.raw.all_reduce_into(total, local, "sum", label=label).wait()
+            return digest(total)
+
+        self._ring.transact(attempt)
+        if self._ring.elastic:
+            total[0] /= total[1]  # the weights of those that are left
+        total = total[:1]
         if isinstance(loss, torch.Tensor):
             return total.to(loss.dtype).view(loss.shape)
         return float(total)
+
+    def progress(self) -> dict[str, Any]:
+        """What a new member needs to go on together with the others: plain values."""
+        return {"step": self._step, "order": self._order, "cap_bytes": self._cap_bytes}
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Go on from the others' `progress`."""
+        self._step, self._order = int(progress["step"]), progress["order"]
+        self._cap_bytes = int(progress["cap_bytes"])
+        self._buckets, self._tuner = None, None
 
     def statistics(self) -> ReducerStatistics:
         """Counters; see `ReducerStatistics`."""
@@ -241,13 +315,13 @@ class Reducer:
         self.refresh()
         self.backwards += 1
         self._window += 1
-        if self._next_weight is not None:
-            weight = self._next_weight()
+        if self._samples is not None:
+            weight = self._samples.next()
             if self._window == 1 or self._weight is None:
-                self._weight = weight
+                self._weight = weight or 1.0  # a batch that only pads counts nothing, by its factor
             self._factor = weight / self._weight
         self._synchronised = not self.held and self._window >= self._settings.accumulate_steps
-        self._exchanging = self._synchronised and self._ring.world_size > 1
+        self._exchanging = self._synchronised and self._exchanges
         self._seen = {}
         if self._exchanging:
             self._prepare()
@@ -272,8 +346,8 @@ class Reducer:
         assert self._buckets is not None
         self._buckets[bucket].load(position, self._load_weight())
         self._missing[bucket] -= 1
-        while len(self._handed) < len(self._missing) and not self._missing[len(self._handed)]:
-            self._launch()
+        while self._closed < len(self._missing) and not self._missing[self._closed]:
+            self._close()
 
     def complete(self) -> bool:
         return len(self._seen) == len(self._parameters)
@@ -291,7 +365,11 @@ class Reducer:
         self.backwards -= 1
         # What was launched will end on all ranks or fail; the next pass needs its memory.
         while self._handed:
-            self._handed.pop(0).wait()
+            try:
+                self._handed.pop(0).wait()
+            except (PeerLostError, RingChangedError):
+                if not self._ring.elastic:
+                    raise
 
     # Passes
 
@@ -306,7 +384,11 @@ class Reducer:
         for bucket in self._buckets:
             bucket.reset()
         self._missing = list(self._bucket_sizes)
-        self._handed = []
+        self._handed, self._closed = [], 0
+        self._digests = [EMPTY] * len(self._buckets)
+        self._broken, self._attempt, self._excluded, self._account = None, 0, (), []
+        if probe.listener is not None:
+            probe.reached("step", step=self._step, attempt=0, parameters=self._parameters)
 
     def _lay_out(self) -> None:
         specs = [
@@ -330,7 +412,7 @@ class Reducer:
         if not self._exchanging:
             return
         bucket, position = self._bucket_of[index]
-        if bucket < len(self._handed):
+        if bucket < self._closed:
             raise RuntimeError(
                 f'"{self._name(self._parameters[index])}" got a second gradient in one backward after its '
                 "first was sent, as happens when layers share it inside reentrant activation checkpointing; "
@@ -341,44 +423,157 @@ class Reducer:
 
     def _load_weight(self) -> float | None:
         """What gradients are multiplied by before they are added up; None: the ring takes the mean."""
-        if self._next_weight is None:
+        if self._samples is None:
             return None
         return 1 / self._ring.world_size if self._weight is None else self._weight
 
+    @property
+    def _exchanges(self) -> bool:
+        """Whether gradients go through buckets: also of a ring of one that may grow."""
+        return self._ring.world_size > 1 or self._ring.elastic
+
+    def _close(self) -> None:
+        """The next bucket has all its gradients: hand it over."""
+        assert self._buckets is not None
+        if self._closed == 0:
+            self._passes_in_step += 1
+        self._buckets[self._closed].close(self._load_weight(), self._late)
+        self._closed += 1
+        if self._broken is not None:
+            return
+        try:
+            self._launch()
+        except (PeerLostError, RingChangedError) as error:
+            # The inputs are all that counts from here on, until the pass is done again.
+            self._broken = error
+
     def _launch(self) -> None:
         number = len(self._handed)
-        if number == 0:
-            self._passes_in_step += 1
         assert self._buckets is not None
-        weight = self._load_weight()
-        op = "mean" if weight is None else "sum"
+        bucket = self._buckets[number]
+        op = "mean" if self._load_weight() is None else "sum"
         again = f", pass {self._passes_in_step}" if self._passes_in_step > 1 else ""
         label = f"step {self._step}{again}, bucket {number}"
-        self._handed.append(self._buckets[number].launch(weight, self._late, op, label))
+        if probe.listener is not None:
+            probe.reached("bucket", step=self._step, bucket=number, attempt=self._attempt)
+        then = partial(self._arrived_back, number) if self._ring.elastic else None
+        self._handed.append(bucket.launch(op, label, then))
+
+    def _arrived_back(self, number: int) -> None:
+        """A bucket's result is there; on the thread that reduced it, while it is in cache."""
+        assert self._buckets is not None
+        output = self._buckets[number].output
+        if probe.listener is not None:
+            probe.reached("reduced", step=self._step, bucket=number, tensor=output, attempt=self._attempt)
+        self._digests[number] = digest(output)
 
     def _finish(self) -> None:
         """Launch what is left, wait for everything and put the results where they belong."""
         assert self._buckets is not None
-        while len(self._handed) < len(self._buckets):
-            self._launch()
+        while self._closed < len(self._buckets):
+            self._close()
         begun_s = time.perf_counter()
-        for bucket, handle in zip(self._buckets, self._handed, strict=True):
-            handle.wait()
+        self._busy_s = begun_s - self._idle_since_s
+        outcome = self._ring.transact(self._reduce, self._ballot, self._heal)
+        self._rescale()
+        if probe.listener is not None:
+            probe.reached("committed", step=self._step, account=self._account)
+        for bucket in self._buckets:
             self._somebody_late |= bucket.publish()
-        self._wait_s += time.perf_counter() - begun_s
+        self._idle_since_s = time.perf_counter()
+        self._wait_s += self._idle_since_s - begun_s
         self._handed = []
         self._passes += 1
         self._window, self._reduced = 0, True
+        if self._samples is not None and self._account:
+            self._samples.book(self._account, self._account_rank)
+        if self._listener is not None:
+            self._listener.committed(self._step, outcome)
         if self._order is None:
             self._learn_order()
         elif self._tuner is not None:
             self._tune(self._tuner)
 
+    def _reduce(self, before: int) -> bytes:
+        """An attempt at the pass; returns a hash of its result."""
+        assert self._buckets is not None
+        if before:
+            if probe.listener is not None:
+                probe.reached("step", step=self._step, attempt=before, parameters=self._parameters)
+            self._attempt, self._broken = before, None
+            self._wait_out()
+            while len(self._handed) < len(self._buckets):
+                self._launch()
+        if self._broken is not None:
+            raise self._broken
+        for handle in self._handed:
+            handle.wait()
+        if not self._ring.elastic:
+            return EMPTY
+        return combine([*self._digests, self._gather_account()])
+
+    def _wait_out(self) -> None:
+        """Nothing of an attempt that failed may still write to the outputs."""
+        while self._handed:
+            try:
+                self._handed.pop(0).wait()
+            except (PeerLostError, RingChangedError):
+                continue
+
+    def _gather_account(self) -> bytes:
+        """Learn what samples the ranks contributed to this attempt; returns it as bytes."""
+        if self._samples is None:
+            return EMPTY
+        self._account_rank = self._ring.rank
+        excluded = self._ring.rank in self._excluded
+        known = self._samples.entries(excluded=excluded)
+        # A rank that had no backward knows of one batch only.
+        missing = max(1, self._settings.accumulate_steps) - len(known)
+        entries = torch.tensor([*known, *[self._samples.NO_ENTRY] * missing], dtype=torch.int64)
+        everyones = torch.empty((self._ring.world_size, *entries.shape), dtype=torch.int64)
+        self._ring.raw.all_gather(everyones, entries)
+        self._account = everyones.tolist()
+        return everyones.numpy().tobytes()
+
+    def _rescale(self) -> None:
+        """Where ranks did not contribute, let the sum be the mean over those that did."""
+        assert self._buckets is not None
+        if self._samples is not None and self._account:
+            wanted = self._samples.total_samples()
+            found = sum(int(entry[-1]) for entries in self._account for entry in entries)
+        else:
+            wanted, found = self._ring.world_size, self._ring.world_size - len(self._excluded)
+        if found not in (0, wanted):
+            for bucket in self._buckets:
+                bucket.output.mul_(wanted / found)
+
+    def _ballot(self) -> Ballot:
+        first = self._passes_in_step == 1
+        parameters = EMPTY
+        if self._listener is not None and first and not self._excluded:
+            parameters = self._listener.parameters(self._step)
+        return Ballot(step=self._step, parameters=parameters, busy_us=int(self._busy_s * 1e6), boundary=True)
+
+    def _heal(self, right: int, wrong: tuple[int, ...]) -> None:
+        """The parameters of `wrong` are not the others': repair them, and leave their gradients out."""
+        assert self._listener is not None and self._buckets is not None
+        self._listener.heal(right, wrong)
+        self._excluded = wrong
+        if self._ring.rank in wrong:
+            for bucket in self._buckets:
+                bucket.blank()
+
     def _learn_order(self) -> None:
         """Take over the order in which gradients arrived on rank 0, if any did."""
         order = torch.full((len(self._parameters),), -1)
-        order[: len(self._seen)] = torch.tensor(list(self._seen), dtype=torch.int64)
-        self._ring.broadcast(order, 0)
+        seen = torch.tensor(list(self._seen), dtype=torch.int64)
+
+        def attempt(before: int) -> bytes:
+            order.fill_(-1)[: len(seen)] = seen
+            self._ring.raw.broadcast(order, 0)
+            return digest(order)
+
+        self._ring.transact(attempt)
         arrived = [index for index in order.tolist() if index >= 0]
         if arrived:
             known = set(arrived)
@@ -395,7 +590,12 @@ class Reducer:
         if tuner.tried:
             slowest_s = torch.empty(len(tuner.candidates), dtype=torch.float64)
             local_s = torch.tensor(tuner.durations_s(), dtype=torch.float64)
-            self._ring.all_reduce_into(slowest_s, local_s, "max", label="bucket sizes").wait()
+
+            def attempt(before: int) -> bytes:
+                self._ring.raw.all_reduce_into(slowest_s, local_s, "max", label="bucket sizes").wait()
+                return digest(slowest_s)
+
+            self._ring.transact(attempt)
             self._cap_bytes, reason = tuner.choose(slowest_s.tolist())
             self._tuner = None
             _log.info("bucket_cap_bytes=%d: %s", self._cap_bytes, reason)
@@ -404,13 +604,18 @@ class Reducer:
         self._buckets = None
 
     def _adopt(self) -> None:
-        late = self._ring.gather_bytes(b"late" if self._late else b"")
-        if b"" in late:
-            if self._buckets is None:
-                self._lay_out()
+        if self._buckets is None:
+            self._lay_out()
+
+        def attempt(before: int) -> bytes:
             assert self._buckets is not None
-            for bucket in self._buckets:
-                bucket.adopt(late.index(b""))
+            late = self._ring.raw.gather_bytes(b"late" if self._late else b"")
+            if b"" in late:
+                for bucket in self._buckets:
+                    bucket.adopt(late.index(b""))
+            return combine([digest(bucket.output) for bucket in self._buckets])
+
+        self._ring.transact(attempt)
 
 
 def check_parameter(name: str, parameter: torch.Tensor) -> None:

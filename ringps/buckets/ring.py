@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -23,10 +24,40 @@ class ReductionRing(Protocol):
     @property
     def world_size(self) -> int: ...
 
+    @property
+    def elastic(self) -> bool:
+        """Whether members may come and go."""
+
+    @property
+    def joining(self) -> bool:
+        """Whether this worker has yet to get the state of the ring that it joins."""
+
+    @property
+    def raw(self) -> ReductionRing:
+        """Collectives that are not done again when a member is lost, for use in `transact`."""
+
+    def transact(
+        self,
+        attempt: Callable[[int], bytes],
+        ballot: Callable[[], Any] = ...,
+        heal: Callable[[int, tuple[int, ...]], None] | None = None,
+    ) -> Any:
+        """Carry out an operation on all ranks or on none; see `collectives.ElasticCommunicator.transact`."""
+
     def all_reduce_into(
-        self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", *, label: str = ""
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        op: str = "sum",
+        *,
+        label: str = "",
+        then: Callable[[], object] | None = None,
     ) -> PendingReduction:
-        """Start to combine `input` over all ranks into `output`; `input` is only read."""
+        """Start to combine `input` over all ranks into `output`; `input` is only read. `then` is called
+        when that is done, before the reduction counts as ended, on any thread."""
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Any:
+        """Concatenate every rank's `input`; a `PendingReduction` if `async_op`."""
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> object:
         """Copy rank `src`'s tensor to all ranks, in place."""

@@ -5,8 +5,19 @@ what happens when ranks disagree or one is gone. Does not: who the members are (
 a gradient is (`buckets`).
 """
 
-from ringps.collectives.communicator import Communicator
+from ringps.collectives.communicator import Communicator, Outcome
 from ringps.collectives.current import current, use
+from ringps.collectives.elastic import Change, ElasticCommunicator, ElasticStatistics, Membership
 from ringps.collectives.handle import Handle
 
-__all__ = ["Communicator", "Handle", "current", "use"]
+__all__ = [
+    "Change",
+    "Communicator",
+    "ElasticCommunicator",
+    "ElasticStatistics",
+    "Handle",
+    "Membership",
+    "Outcome",
+    "current",
+    "use",
+]

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 
 from ringps.collectives.backend import Backend, EngineStatistics, Work
 from ringps.collectives.handle import Handle
 from ringps.kernels.cpu import ReduceOp, check_reducible
+from ringps.ring.commit import Ballot, Vote
 from ringps.ring.topology import Generation
+
+
+class Outcome(NamedTuple):
+    """How an operation was committed."""
+
+    attempts: int = 1
+    """How often this rank tried."""
+
+    votes: tuple[Vote, ...] | None = None
+    """Every rank's; None where there was no vote, or not all votes have come here (it was rolled forward)."""
 
 
 class Communicator:
@@ -44,6 +55,38 @@ class Communicator:
         self._generation = generation
         self._backend = backend
         self._on_step = on_step
+        self._last_step = 0
+
+    @property
+    def elastic(self) -> bool:
+        """Whether members may come and go."""
+        return False
+
+    @property
+    def joining(self) -> bool:
+        """Whether this worker has yet to get the state of the ring that it joins."""
+        return False
+
+    @property
+    def raw(self) -> Communicator:
+        """The collectives of the current generation alone: one that is interrupted is not done again."""
+        return self
+
+    def transact(
+        self,
+        attempt: Callable[[int], bytes],
+        ballot: Callable[[], Ballot] = Ballot,
+        heal: Callable[[int, tuple[int, ...]], None] | None = None,
+    ) -> Outcome:
+        """Carry out an operation; see `ElasticCommunicator.transact`. In a fixed ring: once, without a vote.
+
+        Args:
+            attempt: does it, with the collectives of `raw`.
+            ballot: not asked for here.
+            heal: likewise.
+        """
+        attempt(0)
+        return Outcome()
 
     @property
     def generation(self) -> Generation:
@@ -89,7 +132,13 @@ class Communicator:
         return self._carry_out(_work("all_reduce", tensor, flat, flat, back, op=checked), async_op)
 
     def all_reduce_into(
-        self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", *, label: str = ""
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        op: str = "sum",
+        *,
+        label: str = "",
+        then: Callable[[], object] | None = None,
     ) -> Handle:
         """As `all_reduce`, out of place and asynchronous; `input` is only read.
 
@@ -98,6 +147,7 @@ class Communicator:
             input: contiguous; unharmed whatever happens.
             op: as for `all_reduce`.
             label: a name for error messages; the same on all ranks.
+            then: called when the output is complete, before the handle is done, on any thread.
 
         Raises:
             ValueError: tensors that differ or are not contiguous, or as `all_reduce`.
@@ -112,7 +162,7 @@ class Communicator:
             raise ValueError("all_reduce_into needs contiguous tensors")
         source, target = input.detach().view(-1), output.detach().view(-1)
         checked = check_reducible(input.dtype, op)
-        return self._backend.start(_work("all_reduce", input, source, target, None, op=checked, label=label))
+        return self._backend.start(_work("all_reduce", input, source, target, then, op=checked, label=label))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
@@ -218,6 +268,7 @@ class Communicator:
 
     def record_step(self, step: int) -> None:
         """Note that this rank has applied optimizer step `step`, for events and status."""
+        self._last_step = step
         if self._on_step is not None:
             self._on_step(step)
 

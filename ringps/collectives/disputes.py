@@ -21,7 +21,8 @@ from ringps.ring.topology import Generation
 
 _CALLS_REMEMBERED = 256
 EXPLANATION_S = 0.5
-"""How long to wait for the reason of a closed connection: whoever sees the process end can say why."""
+"""How long to wait for the reason of a closed connection in a fixed ring, where it ends the job: whoever sees
+the process end can say why."""
 
 
 class Referee(Protocol):
@@ -50,6 +51,7 @@ class Docket:
         timeouts: Timeouts,
         referee: Referee | None,
         *,
+        explanation_s: float = EXPLANATION_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -57,9 +59,11 @@ class Docket:
             generation: who is in the ring.
             timeouts: limits on waiting.
             referee: asked when ranks disagree; None: errors name this rank's call only.
+            explanation_s: how long to wait for the reason of a closed connection.
             clock: monotonic seconds.
         """
         self._generation = generation
+        self.explanation_s = explanation_s
         self._timeouts = timeouts
         self._referee = referee
         self._clock = clock

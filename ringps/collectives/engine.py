@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringps.collectives.backend import EngineStatistics
-from ringps.collectives.disputes import EXPLANATION_S, Docket
+from ringps.collectives.disputes import Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.ring import Outgoing, Pool, RingOperation
 from ringps.errors import ClosedError, CollectiveError, FrameError, PeerLostError, RingpsError
@@ -420,7 +420,7 @@ class Engine:
             self._transport.wait(patience_s, receiving=self._sources, sending=sending)
         except PeerLostError as error:
             if self._suspicion is None:
-                self._suspicion = (error, self._clock() + EXPLANATION_S)
+                self._suspicion = (error, self._clock() + self._docket.explanation_s)
 
     def _patience_s(self) -> float:
         """Seconds until something must happen by itself; opens a dispute when nothing moves."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from ringps.collectives.backend import Backend
 from ringps.collectives.choice import Choice, choose
 from ringps.collectives.disputes import EXPLANATION_S, Docket, Referee
@@ -15,9 +17,9 @@ from ringps.collectives.hierarchical import Hierarchical
 from ringps.collectives.ring_backend import RingBackend
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm.executor import SharedMemory
-from ringps.collectives.shm.group import HEAP_START, Disagreement, LocalGroup
+from ringps.collectives.shm.group import HEAP_START, Disagreement, LocalGroup, forget_phases
 from ringps.collectives.shm.links import LocalListener
-from ringps.collectives.shm.memory import Segment
+from ringps.collectives.shm.memory import Area
 from ringps.collectives.shm.signals import Peer
 from ringps.config import Config, TransportName
 from ringps.errors import PeerLostError, SetupError
@@ -36,6 +38,36 @@ _LOOK_S = 0.05
 """How long to wait for a member at a time, before looking whether it is still there."""
 
 
+class SharedArea:
+    """This process's shared memory, made when it is first needed; it outlives generations."""
+
+    def __init__(self) -> None:
+        self._area: Area | None = None
+
+    def open(self) -> Area:
+        """The area.
+
+        Raises:
+            SetupError, OSError, MemoryError: the system gives no shared memory.
+        """
+        if self._area is None:
+            memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            size_bytes = max(min(memory_bytes, _MOST_SHARED_BYTES), 4 * HEAP_START)
+            self._area = Area(size_bytes, HEAP_START)
+        return self._area
+
+    def allocate_if_there(self, size_bytes: int) -> torch.Tensor:
+        """Memory (uint8) of the area if it was ever needed, so that a ring that grows again can share it."""
+        if self._area is None:
+            return torch.empty(size_bytes, dtype=torch.uint8)
+        return self._area.heap.allocate(size_bytes)
+
+    def close(self) -> None:
+        """Give it up; memory in use stays."""
+        if self._area is not None:
+            self._area.close()
+
+
 class Formed(NamedTuple):
     """A ring that is ready."""
 
@@ -47,7 +79,16 @@ class Formed(NamedTuple):
 class Doors:
     """Where other members find this worker, on its host and from elsewhere, before it knows them."""
 
-    def __init__(self, env: WorkerEnv, token: JobKey, config: Config, *, encrypt: bool) -> None:
+    def __init__(
+        self,
+        env: WorkerEnv,
+        token: JobKey,
+        config: Config,
+        *,
+        encrypt: bool,
+        area: SharedArea | None = None,
+        elastic: bool = False,
+    ) -> None:
         """Listen.
 
         Args:
@@ -55,20 +96,34 @@ class Doors:
             token: the generation's.
             config: settings.
             encrypt: whether what leaves the host is to be encrypted.
+            area: this process's shared memory; None: of this generation alone.
+            elastic: a member that cannot be met is not the end: report it at once.
 
         Raises:
             SetupError: the address is not this machine's, or the system allows no Unix sockets.
         """
         self._config = config
+        self._area = area or SharedArea()
+        self._explanation_s = 0.0 if elastic else EXPLANATION_S
+        timeouts = config.timeouts
+        self._limit_s = timeouts.reform_timeout_s if elastic else timeouts.connect_timeout_s
         self._asked: TransportName = config.transport
         self._check: Callable[[], None] = lambda: None
         self._local = LocalListener(token, env.worker_id) if self._asked in ("auto", "shm") else None
         self._tcp: TcpListener | ZmqTcpListener | None = None
         try:
             if encrypt or self._asked == "zmq":
-                self._tcp = ZmqTcpListener(env.address, token, config.exchange, encrypt=encrypt)
+                self._tcp = ZmqTcpListener(
+                    env.address,
+                    token,
+                    config.exchange,
+                    encrypt=encrypt,
+                    silent_link_s=timeouts.silent_link_s,
+                )
             elif self._asked != "shm":
-                self._tcp = TcpListener(env.address, token, config.exchange)
+                self._tcp = TcpListener(
+                    env.address, token, config.exchange, silent_link_s=timeouts.silent_link_s
+                )
         except BaseException:
             self.close()
             raise
@@ -106,7 +161,7 @@ class Doors:
             backend = self._build(choice, view, referee)
         except (PeerLostError, SetupError):
             # A member that cannot be met may have died, and whoever saw it can say why.
-            given_up_s = time.monotonic() + EXPLANATION_S
+            given_up_s = time.monotonic() + self._explanation_s
             while time.monotonic() < given_up_s:
                 check()
                 time.sleep(_LOOK_S)
@@ -130,14 +185,15 @@ class Doors:
         config = self._config
         if choice.way == "alone":
             self.close()
-            return RingBackend(view, None, config.exchange, config.timeouts, None)
+            return RingBackend(
+                view, None, config.exchange, config.timeouts, None, allocate=self._area.allocate_if_there
+            )
+        docket = Docket(view, config.timeouts, referee, explanation_s=self._explanation_s)
         if choice.way == "shm":
             executor = SharedMemory(self._meet(view))
             self.close()
-            docket = Docket(view, config.timeouts, referee)
             return SerialBackend(view, executor, docket)
         if choice.way == "hierarchical":
-            docket = Docket(view, config.timeouts, referee)
             between = Hierarchical(
                 self._meet(view), lambda lane_referee: self._lane(view, lane_referee), view, docket
             )
@@ -153,11 +209,18 @@ class Doors:
         transport = tcp.connect(view)
         if isinstance(transport, TcpTransport):
             try:
-                transport.establish(self._config.timeouts.connect_timeout_s, self._check)
+                transport.establish(self._limit_s, self._check)
             except BaseException:
                 transport.close()
                 raise
-        return RingBackend(view, transport, self._config.exchange, self._config.timeouts, referee)
+        return RingBackend(
+            view,
+            transport,
+            self._config.exchange,
+            self._config.timeouts,
+            referee,
+            explanation_s=self._explanation_s,
+        )
 
     def _lane(self, view: Generation, referee: Referee) -> Backend | None:
         """The ring between hosts that this rank is in, if any."""
@@ -172,23 +235,15 @@ class Doors:
         """Join this host's members."""
         assert self._local is not None
         ranks = view.local_ranks
-        limit_s = self._config.timeouts.connect_timeout_s
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit_s = self._limit_s
         try:
-            segment = Segment.create(max(min(memory_bytes, _MOST_SHARED_BYTES), 4 * HEAP_START))
-        except OSError as error:
+            area = self._area.open()
+        except (OSError, MemoryError) as error:
             raise SetupError(f"cannot share memory on this host: {error}") from error
-        try:
-            segment.reserve(0, HEAP_START)
-            peers = self._local.connect(view, ranks, segment, limit_s, self._check)
-        except MemoryError as error:
-            segment.close()
-            raise SetupError(f"cannot share memory on this host: {error}") from error
-        except BaseException:
-            segment.close()
-            raise
+        forget_phases(area)
+        peers = self._local.connect(view, ranks, area.segment, limit_s, self._check)
         small_bytes = self._config.exchange.doubling_bytes
-        group = LocalGroup(segment, peers, ranks.index(view.rank), small_bytes=small_bytes)
+        group = LocalGroup(area, peers, ranks.index(view.rank), small_bytes=small_bytes)
         group.signals.attend = self._attend_until(time.monotonic() + limit_s, group, view)
         try:
             group.barrier((0, small_bytes))

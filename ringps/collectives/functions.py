@@ -40,6 +40,15 @@ def worker_id() -> int:
     return view.members[view.rank].worker_id
 
 
+def joining() -> bool:
+    """Whether this worker started while a ring runs, and has yet to get its state.
+
+    True from `ringps.init()` to the first step of `ringps.TrainState.steps`. `rank()` and `world_size()` are
+    what they will be if nothing changes meanwhile.
+    """
+    return current().joining
+
+
 def all_reduce(tensor: torch.Tensor, op: str = "sum", async_op: bool = False) -> Handle | None:
     """Combine a CPU tensor over all ranks in place; see `Communicator.all_reduce`.
 

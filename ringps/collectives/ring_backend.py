@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ringps.collectives.backend import REDUCTIONS, EngineStatistics, Work, call_of
-from ringps.collectives.disputes import Docket, Referee
+from ringps.collectives.disputes import EXPLANATION_S, Docket, Referee
 from ringps.collectives.engine import Engine
 from ringps.collectives.handle import Handle
 from ringps.collectives.ring import Pool, RingOperation
@@ -29,6 +31,9 @@ class RingBackend:
         exchange: Exchange,
         timeouts: Timeouts,
         referee: Referee | None,
+        *,
+        explanation_s: float = EXPLANATION_S,
+        allocate: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -37,11 +42,14 @@ class RingBackend:
             exchange: how tensors are cut; the same on all ranks.
             timeouts: limits on waiting.
             referee: asked when ranks disagree; None: errors name this rank's call only.
+            explanation_s: how long to wait for the reason of a closed connection.
+            allocate: gives memory (uint8) for tensors; None: ordinary memory.
         """
         self._rank = generation.rank
         self._world_size = generation.world_size
         self._exchange = exchange
-        self._docket = Docket(generation, timeouts, referee)
+        self._docket = Docket(generation, timeouts, referee, explanation_s=explanation_s)
+        self._allocate = allocate
         self._pool = Pool()
         self._engine: Engine | None = None
         self._error: RingpsError | None = None
@@ -70,7 +78,9 @@ class RingBackend:
         return self._engine.submit(self._operation(work))
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Ordinary memory: peers cannot reach this process's."""
+        """Ordinary memory, which peers cannot reach, unless another kind was asked for."""
+        if self._allocate is not None:
+            return self._allocate(size_bytes)
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def fail(self, error: RingpsError) -> None:

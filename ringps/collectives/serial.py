@@ -18,7 +18,7 @@ import torch
 
 from ringps.collectives.backend import EngineStatistics, Work, call_of
 from ringps.collectives.call import Call
-from ringps.collectives.disputes import EXPLANATION_S, Docket
+from ringps.collectives.disputes import Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.shm.group import Disagreement
 from ringps.collectives.shm.signals import Peer, Signals
@@ -270,7 +270,7 @@ class SerialBackend:
         if gone:
             if self._suspected_s is None:
                 self._suspected_s = now_s
-            left_s = self._suspected_s + EXPLANATION_S - now_s
+            left_s = self._suspected_s + self._docket.explanation_s - now_s
             if left_s <= 0:
                 raise self._lost(gone[0], "its connection on this host closed")
             return left_s

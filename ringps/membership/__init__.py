@@ -8,24 +8,33 @@ importing it must stay cheap: no torch.
 
 from __future__ import annotations
 
-from ringps.membership.client import Listener, WorkerLink
+from ringps.membership.client import JobOver, Listener, WorkerLink
 from ringps.membership.coordinator import Coordinator, CoordinatorSettings, CoordinatorStatistics
-from ringps.membership.launcher_link import CoordinatorLost, LauncherLink, LauncherMessage
+from ringps.membership.launcher_link import (
+    CoordinatorBack,
+    CoordinatorLost,
+    LauncherLink,
+    LauncherMessage,
+)
 from ringps.transport.keys import JobKey
-from ringps.wire.control import Assignment, JobDone, JobEvent, JobFailed
+from ringps.wire.control import Assignment, Expel, JobDone, JobEvent, JobFailed, Replaceable
 
 __all__ = [
     "Assignment",
     "Coordinator",
+    "CoordinatorBack",
     "CoordinatorLost",
     "CoordinatorSettings",
     "CoordinatorStatistics",
+    "Expel",
     "JobDone",
     "JobEvent",
     "JobFailed",
     "JobKey",
+    "JobOver",
     "LauncherLink",
     "LauncherMessage",
     "Listener",
+    "Replaceable",
     "WorkerLink",
 ]

@@ -36,6 +36,11 @@ class RootCause:
         """Whether `decide` has given its answer."""
         return self._decided
 
+    @property
+    def failed(self) -> bool:
+        """Whether any worker failed, though it may not be decided yet which one was the cause."""
+        return self._first is not None
+
     def note(
         self, worker_id: int, reason: str, now_s: float, *, code: int | None, blames: int | None = None
     ) -> None:

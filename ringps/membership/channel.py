@@ -57,11 +57,12 @@ class Handler(Protocol):
         """A valid message of the channel's vocabulary came."""
 
     def on_gone(self, error: CoordinatorUnreachableError) -> None:
-        """The connection, once up, has been down for `heartbeat_timeout_s`. Comes at most once."""
+        """The connection, once up, has been down for `heartbeat_timeout_s`. Comes once for each time."""
 
 
 class ControlChannel:
-    """A link's sockets. A connection that breaks is made again, and begins with our hello again."""
+    """A link's sockets. A connection that breaks is made again, and begins with what `greet_with` was given,
+    or else with our hello again."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class ControlChannel:
         self._timeouts = timeouts
         self._vocabulary = vocabulary
         self._handler = handler
-        self._greeting = b""
+        self._greetings: tuple[bytes, ...] = ()
         self._handshake = Handshake()
         self._outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._outbox: deque[bytes] = deque()
@@ -114,7 +115,7 @@ class ControlChannel:
         with self._lock:
             if self._linger_s is not None:
                 raise ClosedError("this link to the coordinator is closed")
-            self._greeting = encode(hello)
+            self._greetings = (encode(hello),)
             self._connect()
             self._thread = threading.Thread(target=self._run, name="ringps-link", daemon=True)
             self._thread.start()
@@ -125,6 +126,10 @@ class ControlChannel:
         if error is not None:
             self.close(linger_s=0.0)
             raise error
+
+    def greet_with(self, *messages: Message) -> None:
+        """Begin every later connection with these messages instead of the first hello. Any thread."""
+        self._greetings = tuple(map(encode, messages))
 
     def unreachable(self) -> CoordinatorUnreachableError:
         """The error for an answer that did not come in time."""
@@ -262,8 +267,8 @@ class ControlChannel:
     def _on_progress(self) -> None:
         match self._handshake.progress:
             case Progress.UP:
-                self._was_up, self._down_since_s = True, None
-                self._outbox.appendleft(self._greeting)
+                self._was_up, self._down_since_s, self._gone = True, None, False
+                self._outbox.extendleft(reversed(self._greetings))
                 self._outcome.put(None)
             case Progress.REFUSED:
                 self._outcome.put(self._key_refused())

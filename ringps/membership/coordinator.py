@@ -60,7 +60,7 @@ from ringps.wire.rules import MAX_WORKERS
 MAX_REPORT_BYTES = 16 * 1024
 """Longest frame that a coordinator takes; a peer that sends a longer one is disconnected."""
 
-TICK_S = 0.1
+TICK_S = 0.05
 """Granularity of all of the coordinator's timers."""
 
 _BATCH = 256
@@ -92,11 +92,19 @@ class CoordinatorSettings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     """Limits on waiting."""
 
+    min_workers: int | None = None
+    """With how many members the ring goes on after a loss; None: with all of them only."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65534:
             raise ValueError(f"port must be from 0 to 65534 (heartbeats take the next), not {self.port}")
         if self.world_size is not None and not 1 <= self.world_size <= MAX_WORKERS:
             raise ValueError(f"world_size must be from 1 to {MAX_WORKERS}, not {self.world_size}")
+        if self.min_workers is not None:
+            most = MAX_WORKERS if self.world_size is None else self.world_size
+            if not 1 <= self.min_workers <= most:
+                limit = f"{most}, the world_size" if self.world_size is not None else str(most)
+                raise ValueError(f"min_workers must be from 1 to {limit}, not {self.min_workers}")
         if not self.settle_s >= 0:
             raise ValueError(f"settle_s must be at least 0, not {self.settle_s}")
 
@@ -176,6 +184,7 @@ class Coordinator:
                 encrypt_data=settings.encrypt_data,
                 heartbeat_port=heartbeat_port,
                 timeouts=settings.timeouts,
+                min_workers=settings.min_workers,
             ),
             _new_token,
         )

@@ -27,6 +27,9 @@ class QuorumSettings:
 
     timeouts: Timeouts
 
+    min_workers: int | None = None
+    """With how many members the ring goes on after a loss; None: with all of them only."""
+
 
 # Events.
 

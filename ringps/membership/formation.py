@@ -1,46 +1,70 @@
-"""PURE: a generation from its preparation to its end."""
+"""PURE: a generation from its preparation to its end, and its successors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ringps.membership.roster import Phase, Worker
-from ringps.wire.control import Form, Left, Lost, Prepare, ToWorker
+from ringps.membership.roster import SEATED, Phase, Worker
+from ringps.wire.control import Form, Left, Lost, Prepare, ToWorker, clip
 from ringps.wire.rules import Seat
 
 
 class Ring:
     """The generation that is being formed or has formed, and what its members were told.
 
-    `number` is 0 while nothing was prepared.
+    `number` is 0 while nothing was prepared. `reason` says why there is this generation.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.members: Sequence[Worker] = ()
+        self.reason = ""
         self.lost: Lost | None = None
+        self.formed = False
+        """Whether all members were told to connect."""
+        self.formed_once = False
+        """Whether any generation was."""
+        self.token: tuple[str, str] | None = None
+        """Of this generation; None if another coordinator gave it out."""
+        self._floor = 0
         self._prepare: Prepare | None = None
         self._form: Form | None = None
 
     @property
-    def formed(self) -> bool:
-        """Whether all members were told to connect."""
-        return self._form is not None
-
-    @property
     def all_left(self) -> bool:
         """Whether it has formed and every member has called shutdown()."""
-        return self.formed and all(worker.phase is Phase.LEFT for worker in self.members)
+        return self.formed and all(
+            worker.phase is Phase.LEFT and not worker.departed for worker in self.members
+        )
 
-    def prepare(self, members: Sequence[Worker], token: tuple[str, str], encrypt: bool) -> Prepare:
+    @property
+    def remaining(self) -> list[Worker]:
+        """The members that neither left nor are gone, in rank order."""
+        return [worker for worker in self.members if worker.phase in SEATED]
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is prepared, and every member listens."""
+        prepared = self.number > 0 and not self.formed
+        return prepared and all(worker.phase is Phase.BOUND for worker in self.members)
+
+    def skip_to(self, number: int) -> None:
+        """The next generation's number must be above this one."""
+        self._floor = max(self._floor, number)
+
+    def prepare(
+        self, members: Sequence[Worker], token: tuple[str, str], encrypt: bool, reason: str
+    ) -> Prepare:
         """Begin the next generation with these members, in ring order."""
-        self.number += 1
-        self.members = members
+        self.number = max(self.number, self._floor) + 1
+        self.members, self.reason, self.token = members, reason, token
         for rank, worker in enumerate(members):
             worker.rank, worker.phase = rank, Phase.PREPARED
+        self._form, self.formed = None, False
         self._prepare = Prepare(
             generation=self.number,
+            reason=clip(reason),
             members=tuple(Seat(worker.worker_id, worker.host, worker.pid) for worker in members),
             token_public=token[0],
             token_secret=token[1],
@@ -52,9 +76,17 @@ class Ring:
         """All members listen: they may connect."""
         for worker in self.members:
             worker.phase = Phase.MEMBER
+        self.formed = self.formed_once = True
         addresses = tuple(worker.address for worker in self.members)
         self._form = Form(generation=self.number, addresses=addresses)
         return self._form
+
+    def adopt(self, number: int, members: Sequence[Worker], reason: str) -> None:
+        """An earlier coordinator formed this generation, and its members hold it still."""
+        self.number, self.members, self.reason = number, members, reason
+        for rank, worker in enumerate(members):
+            worker.rank, worker.phase = rank, Phase.MEMBER
+        self.formed = self.formed_once = True
 
     def left(self, worker: Worker) -> Left:
         """What the others are told when a member has left."""
@@ -66,7 +98,7 @@ class Ring:
         if worker not in self.members:
             return []
         told: list[ToWorker | None] = [self._prepare, self._form]
-        others = (other for other in self.members if other is not worker)
+        others = (other for other in self.members if other is not worker and not other.departed)
         told += [self.left(other) for other in others if other.phase is Phase.LEFT]
         return [message for message in told if message is not None]
 

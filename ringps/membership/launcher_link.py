@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ringps.config import Timeouts
@@ -16,11 +17,14 @@ from ringps.transport.keys import JobKey
 from ringps.wire.control import (
     TO_LAUNCHER,
     Assignment,
+    Expel,
     JobDone,
     JobEvent,
     JobFailed,
     LauncherHello,
     LauncherLeaving,
+    Refused,
+    Replaceable,
     Waiting,
     WorkerExited,
     clip,
@@ -32,16 +36,25 @@ _log = logging.getLogger("ringps")
 
 @dataclass(frozen=True)
 class CoordinatorLost:
-    """Nothing more will be heard from the coordinator. Training goes on without it."""
+    """The coordinator does not answer any more. Training goes on without it."""
 
     reason: str
 
 
-LauncherMessage = JobEvent | JobFailed | JobDone | CoordinatorLost
+@dataclass(frozen=True)
+class CoordinatorBack:
+    """The coordinator, or one started in its place, answers again after `CoordinatorLost`."""
+
+
+LauncherMessage = JobEvent | JobFailed | JobDone | Replaceable | Expel | CoordinatorLost | CoordinatorBack
 
 
 class LauncherLink:
-    """Offers this machine's slots to the job, reports exits, and hears how the job goes."""
+    """Offers this machine's slots to the job, reports exits, and hears how the job goes.
+
+    The coordinator may be restarted: every connection after the first begins with what one that
+    knows nothing has to know of this machine, which is our assignment, and the workers that ended.
+    """
 
     def __init__(
         self,
@@ -60,7 +73,12 @@ class LauncherLink:
         self._on_message = on_message
         self._channel = ControlChannel(coordinator, key, timeouts, TO_LAUNCHER, self)
         self._rendezvous = Rendezvous(self._channel, timeouts)
-        self._registered = False
+        self._hello: LauncherHello | None = None
+        self._assignment: Assignment | None = None
+        self._ended: dict[int, WorkerExited] = {}
+        self._lock = threading.Lock()
+        self._lost = False
+        self._misplaced = False
         self._over = False
 
     def register(
@@ -82,26 +100,39 @@ class LauncherLink:
             SetupError: other launchers did not come within `rendezvous_timeout_s`.
             ClosedError: `close` was called meanwhile.
         """
-        hello = LauncherHello(
+        self._hello = LauncherHello(
             host=clip_line(host),
             address=address,
             slots=slots,
             master_port=master_port,
             encrypt_data=encrypt_data,
+            first_worker_id=None,
+            world_size=None,
             session=new_session(),
         )
-        self._rendezvous.greet(hello, Waiting)
+        self._rendezvous.greet(self._hello, Waiting)
         return self._rendezvous.wait_for(Assignment, "the job's launchers did not come together")
 
-    def worker_exited(self, worker_id: int, code: int, reason: str) -> None:
-        """Report that a worker's process ended.
+    def worker_started(self, worker_id: int) -> None:
+        """A process runs for this worker: how one before it ended is not reported again."""
+        with self._lock:
+            if self._ended.pop(worker_id, None) is not None:
+                self._greet_with_what_is_known()
+
+    def worker_exited(self, worker_id: int, pid: int, code: int, reason: str) -> None:
+        """Report that a worker's process ended. While the coordinator is away, the report waits.
 
         Args:
             worker_id: one of those that this launcher was assigned.
+            pid: the process; 0 if it could not be started.
             code: its exit code as a shell would give it: 128 + the signal for a killed process.
             reason: how it ended, in words.
         """
-        self._channel.send(WorkerExited(worker_id=worker_id, code=code, reason=clip(reason)))
+        exited = WorkerExited(worker_id=worker_id, pid=pid, code=code, reason=clip(reason))
+        with self._lock:
+            self._ended[worker_id] = exited
+            self._greet_with_what_is_known()
+        self._channel.send(exited)
 
     def close(self) -> None:
         """End the link; a `register` that still waits raises. Safe to call again."""
@@ -114,20 +145,66 @@ class LauncherLink:
 
     def on_message(self, message: Any) -> None:
         match message:
-            case JobEvent():
+            case Waiting() | Refused() | Assignment():
+                self._on_answer(message)
+                return
+            case _ if self._misplaced:
+                return  # it speaks of other workers than ours
+        self._hear_again()
+        match message:
+            case JobEvent() | Replaceable() | Expel():
                 self._on_message(message)
             case JobFailed() | JobDone():
                 first, self._over = not self._over, True
                 if first:
                     self._on_message(message)
-            case Assignment():
-                self._registered = True
-                self._rendezvous.deliver(message)
-            case _:
-                self._rendezvous.deliver(message)
+
+    def _on_answer(self, answer: Waiting | Refused | Assignment) -> None:
+        """To our hello: the first one, or one with which we came back."""
+        if self._assignment is None:
+            if isinstance(answer, Assignment):
+                with self._lock:
+                    self._assignment = answer
+                    self._greet_with_what_is_known()
+            self._rendezvous.deliver(answer)
+        elif isinstance(answer, Refused):
+            coordinator = self._channel.coordinator
+            self._lose(f"the coordinator at {coordinator} does not take us back: {answer.reason}")
+        elif isinstance(answer, Assignment):
+            self._compare(self._assignment, answer)
 
     def on_gone(self, error: CoordinatorUnreachableError) -> None:
         self._rendezvous.fail(error)
-        if self._registered and not self._over:
-            _log.warning("%s; the workers go on without it", error)
-            self._on_message(CoordinatorLost(str(error)))
+        if self._assignment is not None:
+            self._lose(str(error))
+
+    def _lose(self, reason: str) -> None:
+        if not self._lost and not self._over:
+            self._lost = True
+            _log.warning("%s; the workers go on without it", reason)
+            self._on_message(CoordinatorLost(reason))
+
+    def _hear_again(self) -> None:
+        if self._lost:
+            self._lost = False
+            self._on_message(CoordinatorBack())
+
+    def _compare(self, ours: Assignment, again: Assignment) -> None:
+        """A coordinator that was restarted must give us the place that our workers have."""
+        place, given = (ours.first_worker_id, ours.world_size), (again.first_worker_id, again.world_size)
+        self._misplaced = given != place
+        if self._misplaced:
+            self._lose(
+                f"the coordinator at {self._channel.coordinator} knows our first worker as worker {given[0]} "
+                f"of {given[1]}, while it is worker {place[0]} of {place[1]}"
+            )
+        else:
+            self._hear_again()
+
+    def _greet_with_what_is_known(self) -> None:
+        """Under the lock."""
+        hello, ours = self._hello, self._assignment
+        if hello is None or ours is None:
+            return
+        hello = replace(hello, first_worker_id=ours.first_worker_id, world_size=ours.world_size)
+        self._channel.greet_with(hello, *self._ended.values())

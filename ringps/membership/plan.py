@@ -21,6 +21,9 @@ class JobPlan:
     With a `world_size` the plan is complete when the slots offered make it up; without, when no
     launcher has come for `settle_s`. Launchers of one host get neighbouring worker ids, hosts come
     in the order of their first launcher.
+
+    A launcher that was given worker ids by an earlier coordinator has them still: the first such one
+    shows that the plan was complete, and nothing is dealt out any more.
     """
 
     def __init__(self, world_size: int | None, settle_s: float) -> None:
@@ -29,6 +32,8 @@ class JobPlan:
         self._offers: list[_Offer] = []
         self._last_offer_s = 0.0
         self._complete = False
+        self._restored = False
+        self._evicted: list[str] = []
 
     @property
     def world_size(self) -> int | None:
@@ -39,6 +44,11 @@ class JobPlan:
     def complete(self) -> bool:
         """Whether the worker ids are dealt out."""
         return self._complete
+
+    @property
+    def restored(self) -> bool:
+        """Whether an earlier coordinator dealt them out."""
+        return self._restored
 
     @property
     def launchers(self) -> tuple[str, ...]:
@@ -57,6 +67,8 @@ class JobPlan:
 
     def offer(self, hello: LauncherHello, now_s: float) -> str | None:
         """Take a launcher in; the answer is None, or the reason for refusing it."""
+        if hello.first_worker_id is not None:
+            return self._put_back(hello, hello.first_worker_id)
         if self._complete:
             return "the job's launchers are complete; joining later is not possible in this version"
         taken = self._slots()
@@ -66,6 +78,11 @@ class JobPlan:
         self._offers.append(_Offer(hello.session, hello))
         self._last_offer_s = now_s
         return None
+
+    def take_evicted(self) -> list[str]:
+        """Sessions of launchers that were taken in before the plan turned out to be complete."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def withdraw(self, session: str) -> None:
         """A launcher goes away; its offer is void unless it was dealt worker ids already."""
@@ -107,6 +124,11 @@ class JobPlan:
         offer = self._offer_of(worker_id)
         return offer is not None and offer.session == session
 
+    def owner_of(self, worker_id: int) -> str | None:
+        """The session of the launcher that was told to start this worker."""
+        offer = self._offer_of(worker_id)
+        return None if offer is None else offer.session
+
     def host_of(self, worker_id: int) -> str | None:
         """The machine where a launcher was told to start this worker."""
         offer = self._offer_of(worker_id)
@@ -118,6 +140,27 @@ class JobPlan:
         if self._world_size is None:
             return f"launchers to settle: none may come for {self._settle_s:g} s (so far: {hosts})"
         return f"launchers: {slots} of {self._world_size} worker slots have come (from: {hosts})"
+
+    def _put_back(self, hello: LauncherHello, first: int) -> str | None:
+        mine = f"worker ids {first}..{first + hello.slots - 1}"
+        world_size = self._world_size or hello.world_size
+        if hello.world_size is None or hello.world_size != world_size:
+            return f"this job has {world_size} workers, and this launcher's had {hello.world_size}"
+        if first + hello.slots > world_size:
+            return f"this launcher was given {mine}, and this job has {world_size} workers"
+        if self._complete and any(
+            first < offer.first_worker_id + offer.hello.slots and offer.first_worker_id < first + hello.slots
+            for offer in self._offers
+        ):
+            return f"this launcher was given {mine}, and another one has some of them"
+        if not self._complete:
+            self._evicted = [offer.session for offer in self._offers]
+            self._offers = []
+        self._complete = self._restored = True
+        self._world_size = world_size
+        self._offers.append(_Offer(hello.session, hello, first))
+        self._offers.sort(key=lambda offer: offer.first_worker_id)
+        return None
 
     def _slots(self) -> int:
         return sum(offer.hello.slots for offer in self._offers)

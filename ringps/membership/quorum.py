@@ -1,80 +1,100 @@
 """PURE: the coordinator's decisions. Events and the time go in, actions come out.
 
-The ring of this version is fixed: it forms once, when all workers have come, and ends with the
-first loss. Formation has two phases. When every worker has said `Hello`, all are told to
-`Prepare`: to listen for data connections. When every one is `Bound`, all are told to `Form`: to
-connect. So nobody connects to an address where nobody listens yet.
+The first generation forms when all workers have come. A *fixed* ring ends with the first loss. An
+*elastic* one, which can do with fewer members, goes on in further generations (`succession`).
+
+Formation has two phases. First all members are told to `Prepare`: to listen for data connections.
+When every one is `Bound`, all are told to `Form`: to connect. So nobody connects to an address
+where nobody listens yet.
 
 Who sends is decided by the connection (`peers`), and for heartbeats by the session in them, so a
 frame that a stranger replays is refused, whatever it says. A process whose connection broke says
-hello again and is told once more what it may have missed.
+hello again and is told once more what it may have missed. If the coordinator itself was restarted,
+it takes the ring over from those who come back (`restoration`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from ringps.membership.causes import RootCause
-from ringps.membership.detector import SilenceDetector
-from ringps.membership.events import (
-    Action,
-    Beaten,
-    Event,
-    QuorumSettings,
-    Received,
-    Tick,
+from ringps.membership.admission import refusal
+from ringps.membership.catching_up import catch_up, catch_up_launcher
+from ringps.membership.ending import Ending
+from ringps.membership.events import Action, Beaten, Event, QuorumSettings, Received, Tick
+from ringps.membership.restoration import Restoration
+from ringps.membership.roster import (
+    ACTIVE,
+    BEATING,
+    IN_RENDEZVOUS,
+    JOINERS,
+    SEATED,
+    TAKING_PART,
+    Phase,
+    Worker,
+    names,
 )
-from ringps.membership.formation import Ring
-from ringps.membership.inquiry import Inquiries
-from ringps.membership.peers import Outbox, PeerBook
-from ringps.membership.plan import JobPlan
-from ringps.membership.roster import ACTIVE, BEATING, IN_RENDEZVOUS, Phase, Roster, Worker
+from ringps.membership.state import JobState
+from ringps.membership.succession import Succession
 from ringps.wire.control import (
-    AllLeft,
+    Admitting,
     Ask,
     Beat,
     Bound,
     CallReport,
+    Departing,
     Dispute,
     Failing,
     FromLauncher,
     FromWorker,
     Hello,
     Inquire,
-    JobDone,
-    JobFailed,
     LauncherHello,
     LauncherLeaving,
     Leaving,
-    Lost,
+    Noted,
+    Offer,
+    Ready,
     Refused,
+    Suspect,
     Verdict,
     Waiting,
-    Welcome,
     WorkerExited,
     clip,
-    clip_line,
 )
-from ringps.wire.rules import MAX_CALL_BYTES
 
-STEP_EVENT_INTERVAL_S = 1.0
+NOTES = frozenset({"straggler", "diverged", "recovered", "healed", "state_fetched"})
+"""The events that members may have written into the events file."""
+
+_MAX_NOTE_FIELDS = 32
 
 _WHEN: dict[type, frozenset[Phase]] = {
-    Ask: IN_RENDEZVOUS,
-    Bound: frozenset({Phase.PREPARED}),
+    Ask: IN_RENDEZVOUS | JOINERS,
+    Bound: frozenset({Phase.PREPARED, Phase.BOUND}),
     Dispute: frozenset({Phase.MEMBER}),
     CallReport: frozenset({Phase.MEMBER, Phase.LEFT}),
     Leaving: frozenset({Phase.MEMBER}),
     Failing: BEATING,
+    Suspect: frozenset({Phase.MEMBER}),
+    Admitting: SEATED,
+    Ready: JOINERS | {Phase.WAITING},
+    Offer: frozenset({Phase.MEMBER}),
+    Departing: SEATED,
+    Noted: SEATED,
 }
 """The phases in which a worker may say something."""
+
+_ANY_GENERATION = (Admitting, Departing)
+"""What stays true if another generation has begun meanwhile."""
+
+_ELASTIC = (Suspect, Ready, Offer, Departing)
+"""What makes sense only in a ring that goes on."""
 
 _OUT_OF_TURN = "message out of turn"
 _UNKNOWN_PEER = "peer is no part of this job"
 _OTHER_GENERATION = "frame of another generation"
 _SAID_BEFORE = "hello said before"
-_COMPLETE = "the ring is complete; joining later is not possible in this version"
+_FIXED = "the ring is fixed"
+_GONE = "worker was taken for lost"
 
 
 class Quorum:
@@ -86,23 +106,13 @@ class Quorum:
     """
 
     def __init__(self, settings: QuorumSettings, new_token: Callable[[], tuple[str, str]]) -> None:
-        timeouts = settings.timeouts
         self._settings = settings
-        self._new_token = new_token
-        self._plan = JobPlan(settings.world_size, settings.settle_s)
-        self._roster = Roster()
-        self._launchers: set[str] = set()
-        self._peers = PeerBook()
-        self._ring = Ring()
-        self._detector = SilenceDetector(timeouts.heartbeat_timeout_s)
-        self._inquiries = Inquiries(timeouts.inquiry_timeout_s)
-        self._causes = RootCause(timeouts.heartbeat_timeout_s)
-        self._step = self._step_told = 0
-        self._step_told_s = float("-inf")
-        self._verdict: JobFailed | JobDone | None = None
-        self._patient_until_s = float("inf")
-        self._finished = False
-        self._out = Outbox(self._peers)
+        self._state = state = JobState(settings, new_token)
+        self._plan, self._roster, self._ring = state.plan, state.roster, state.ring
+        self._peers, self._out, self._detector = state.peers, state.out, state.detector
+        self._ending = Ending(state)
+        self._succession = Succession(state, self._ending)
+        self._restoration = Restoration(state, self._succession, self._ending)
 
     @property
     def generation(self) -> int:
@@ -111,28 +121,28 @@ class Quorum:
 
     @property
     def members(self) -> int:
-        """Workers that take part now: said hello, and neither left nor gone."""
-        return self._roster.count(*ACTIVE)
+        """Workers that are members or wait for the first generation, and neither left nor are gone."""
+        return self._roster.count(*TAKING_PART)
 
     @property
     def launchers(self) -> int:
         """Launchers that take part now."""
-        return len(self._launchers)
+        return len(self._state.launchers)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from an event at `now_s`, on any monotonic clock."""
-        refusal = None
+        refused = None
         match event:
             case Tick():
                 self._follow_up(now_s)
             case Beaten(beat):  # what follows from it can wait for the next tick
-                refusal = self._on_beat(beat, now_s)
+                refused = self._on_beat(beat, now_s)
             case Received(peer, message):
-                refusal = self._on_message(peer, message, now_s)
-                if refusal is None:
+                refused = self._on_message(peer, message, now_s)
+                if refused is None:
                     self._follow_up(now_s)
-        if refusal is not None:
-            self._out.refuse(refusal)
+        if refused is not None:
+            self._out.refuse(refused)
         return self._out.take()
 
     # Messages. Every handler returns None, or the reason for refusing the message.
@@ -144,33 +154,55 @@ class Quorum:
             case LauncherHello():
                 return self._on_launcher_hello(peer, message, now_s)
         session = self._peers.session_of(peer)
-        if session in self._launchers:
+        if session in self._state.launchers:
             return self._on_launcher(session, message, now_s)
+        if self._restoration.holds(session):
+            return self._restoration.hold(peer, session, message)
         worker = self._roster.of_session(session)
         if worker is None:
             return _UNKNOWN_PEER
+        if worker.expelled:
+            self._succession.remind(worker, now_s)
+            return _GONE
         if worker.phase not in _WHEN.get(type(message), ()):
             return _OUT_OF_TURN
-        if getattr(message, "generation", self._ring.number) != self._ring.number:
+        if isinstance(message, Ready) and worker.phase is Phase.WAITING:
+            return self._restoration.early_ready(worker)
+        if isinstance(message, _ELASTIC) and not self._state.running:
+            return _OUT_OF_TURN if self._state.elastic else _FIXED
+        generation = getattr(message, "generation", self._ring.number)
+        if generation > self._ring.number or (
+            generation < self._ring.number and not isinstance(message, _ANY_GENERATION)
+        ):
             return _OTHER_GENERATION
         return self._on_worker(worker, message, now_s)
 
     def _on_worker(self, worker: Worker, message: FromWorker | FromLauncher, now_s: float) -> str | None:
         match message:
             case Ask():
-                reason = self._roster.waiting_for(self._plan.world_size or 0)
-                self._out.tell(worker, Waiting(reason=reason))
+                self._out.tell(worker, Waiting(reason=clip(self._waits_for(worker))))
             case Bound(address=address):
                 worker.address, worker.phase = address, Phase.BOUND
             case Dispute(sequence=sequence):
                 return self._on_dispute(sequence, now_s)
             case CallReport(sequence=sequence, call=call):
-                assert worker.rank is not None
-                return self._inquiries.answer(sequence, worker.rank, call)
+                return self._on_call_report(worker, sequence, call)
             case Leaving(completed=completed):
-                self._on_leaving(worker, completed, now_s)
+                self._leave(worker, completed, now_s)
             case Failing():
                 self._on_failing(worker, message, now_s)
+            case Noted(event=event):
+                return self._on_noted(worker, event)
+            case Suspect(worker_id=accused, reason=reason):
+                return self._succession.suspect(worker, accused, reason, now_s)
+            case Admitting():
+                self._succession.admit_joiners()
+            case Ready():
+                self._succession.ready(worker)
+            case Offer():
+                self._succession.offer(worker, message)
+            case Departing(step=step):
+                self._succession.depart(worker, step, now_s)
         return None
 
     def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> str | None:
@@ -179,51 +211,45 @@ class Quorum:
         known = self._roster.of_session(hello.session)
         if known is not None and known.worker_id == hello.worker_id:
             self._peers.write_down(hello.session, peer)
-            self._catch_up(known)
+            if known.expelled and self._ring.lost is None:
+                self._succession.remind(known, now_s, at_once=True)
+            else:
+                catch_up(self._state, self._succession, known)
             return None
-        refusal = self._hello_refusal(hello)
-        if refusal is not None:
-            reason, detail = refusal
+        if self._restoration.concerns(hello):
+            return self._restoration.take(peer, hello, now_s)
+        why_not = refusal(self._state, hello)
+        if why_not is not None:
+            reason, detail = why_not
             self._out.send(peer, Refused(reason=clip(detail)))
             return reason
         if self._ring.lost is not None:
             self._out.send(peer, self._ring.lost)
             return None
         self._peers.write_down(hello.session, peer)
-        self._catch_up(self._roster.admit(hello))
+        worker = self._roster.admit(hello, Phase.JOINING if self._state.survives else Phase.WAITING)
+        for session in self._roster.prune():
+            self._peers.cross_out(session)
         self._detector.watch(hello.worker_id, now_s)
+        catch_up(self._state, self._succession, worker)
         return None
 
-    def _hello_refusal(self, hello: Hello) -> tuple[str, str] | None:
-        """Why a worker may not take part: in a fixed phrase, and in words for its user."""
-        if self._ring.number and self._ring.lost is None:
-            return (_COMPLETE, _COMPLETE)
-        if hello.session in self._peers:
-            return ("session taken", "another process has this session")
-        world_size = self._plan.world_size
-        if world_size is None:
-            return (
-                "job size not known yet",
-                "the size of the job is not known before its launchers have come; "
-                "start workers with `ringps run`, or give the coordinator a world size",
-            )
-        if hello.worker_id >= world_size:
-            return (
-                "worker id out of range",
-                f"worker id {hello.worker_id} is not one of 0..{world_size - 1}, the workers of this job",
-            )
-        holder = self._roster.taken(hello.worker_id)
-        if holder is not None:
-            return (
-                "worker id taken",
-                f"worker id {hello.worker_id} is taken by {holder}; give each worker an id of its own",
-            )
-        return None
+    def _waits_for(self, worker: Worker) -> str:
+        ring, world_size = self._ring, self._plan.world_size or 0
+        if self._restoration.under_way:
+            return self._restoration.waits_for
+        if worker.phase in JOINERS:
+            running = len(ring.remaining)
+            return f"the ring of {running} members has not yet paused between two steps to let workers join"
+        if ring.formed_once:
+            unbound = [seated.worker_id for seated in ring.members if seated.phase is Phase.PREPARED]
+            return f"generation {ring.number} forms, but some do not listen for data yet: {names(unbound)}"
+        return self._roster.waiting_for(world_size, ring.members)
 
     def _on_dispute(self, sequence: int, now_s: float) -> str | None:
         members = self._ring.members
         known = [worker.absence() for worker in members]
-        ask, reason = self._inquiries.open(sequence, known, now_s)
+        ask, reason = self._state.inquiries.open(sequence, known, now_s)
         if not ask:
             return reason
         for worker in members:
@@ -231,15 +257,20 @@ class Quorum:
                 self._out.tell(worker, Inquire(generation=self._ring.number, sequence=sequence))
         return None
 
-    def _on_leaving(self, worker: Worker, completed: int, now_s: float) -> None:
+    def _on_call_report(self, worker: Worker, sequence: int, call: str) -> str | None:
+        if worker.rank is None or worker not in self._ring.members:
+            return _OUT_OF_TURN
+        return self._state.inquiries.answer(sequence, worker.rank, call)
+
+    def _leave(self, worker: Worker, completed: int, now_s: float) -> None:
         assert worker.rank is not None
         worker.phase, worker.completed = Phase.LEFT, completed
         self._detector.forget(worker.worker_id)
-        self._inquiries.know(worker.rank, worker.absence() or "")
+        self._succession.leave(worker)
+        self._state.inquiries.know(worker.rank, worker.absence() or "")
         self._out.tell_all(self._ring.members, self._ring.left(worker), but=worker)
         if self._ring.all_left:
-            self._tell_step(now_s, at_once=True)
-            self._out.tell_all(self._ring.members, AllLeft(generation=self._ring.number))
+            self._ending.all_left(now_s)
 
     def _on_failing(self, worker: Worker, failing: Failing, now_s: float) -> None:
         worker.failing = failing
@@ -248,25 +279,42 @@ class Quorum:
             blames = None
         # Its launcher will tell the exit code; without one, nobody will.
         code = 1 if self._plan.host_of(worker.worker_id) is None else None
-        self._causes.note(worker.worker_id, failing.reason, now_s, code=code, blames=blames)
-        if blames is None and worker.phase is not Phase.LEFT:
-            # If it blames another, that one's own end is about to be noticed, and says more.
-            self._lose(worker, failing.reason)
+        self._fail(worker, failing.reason, now_s, code=code, blames=blames)
+
+    def _on_noted(self, worker: Worker, event: dict[str, object]) -> str | None:
+        name = event.get("event")
+        if name not in NOTES or len(event) > _MAX_NOTE_FIELDS:
+            return "note of an unknown kind"
+        details = {key: value for key, value in event.items() if key != "event"}
+        details |= {"generation": self._ring.number, "worker_id": worker.worker_id}
+        self._state.emit(str(name), **details)
+        return None
+
+    # Launchers.
 
     def _on_launcher_hello(self, peer: bytes, hello: LauncherHello, now_s: float) -> str | None:
         if self._peers.session_of(peer) is not None:
             return _SAID_BEFORE
-        if hello.session not in self._launchers:
+        if hello.session not in self._state.launchers:
             if hello.session in self._peers:
                 return "session taken"
             detail = self._plan.offer(hello, now_s)
             if detail is not None:
                 self._out.send(peer, Refused(reason=clip(detail)))
                 return "no room for this launcher"
-            self._launchers.add(hello.session)
+            self._state.launchers.add(hello.session)
+            self._evict()
+            self._restoration.launcher_came(now_s)
         self._peers.write_down(hello.session, peer)
-        self._catch_up_launcher(hello.session)
+        catch_up_launcher(self._state, self._succession, self._ending, hello.session)
         return None
+
+    def _evict(self) -> None:
+        for session in self._plan.take_evicted():
+            reason = "the job's launchers are complete, as those show that have come back"
+            self._out.send_to(session, Refused(reason=reason))
+            self._state.launchers.discard(session)
+            self._peers.cross_out(session)
 
     def _on_launcher(self, session: str, message: FromWorker | FromLauncher, now_s: float) -> str | None:
         match message:
@@ -274,33 +322,60 @@ class Quorum:
                 self._out.send_to(session, Waiting(reason=clip(self._plan.waiting_for())))
             case LauncherLeaving():
                 self._plan.withdraw(session)
-                self._launchers.discard(session)
+                self._state.launchers.discard(session)
                 self._peers.cross_out(session)
             case WorkerExited(worker_id=worker_id):
                 if not self._plan.owns(session, worker_id):
                     return "launcher does not own this worker"
-                if self._roster[worker_id].exited is not None:
-                    return "exit reported before"
-                self._on_exit(self._roster[worker_id], message, now_s)
+                if self._restoration.keeps_exits(now_s):
+                    return self._restoration.keep_exit(message)
+                return self._on_exit(message, now_s)
             case _:
                 return _OUT_OF_TURN
         return None
 
-    def _on_exit(self, worker: Worker, exited: WorkerExited, now_s: float) -> None:
-        before, reason = worker.phase, exited.reason
+    def _on_exit(self, exited: WorkerExited, now_s: float) -> str | None:
+        survives = self._state.survives
+        worker: Worker | None = self._roster[exited.worker_id]
+        if survives:
+            worker = self._roster.of_process(exited.worker_id, exited.pid)
+            if worker is None or worker.phase is Phase.AWAITED:
+                return self._succession.lose_unheard(exited)
+        assert worker is not None
+        if worker.exited is not None:
+            return "exit reported before"
         worker.exited = exited
+        before, reason = worker.phase, exited.reason
+        if survives and worker.vacant:
+            return None
         if exited.code == 0:
             if before is Phase.LEFT:
-                return
+                return None
             if before is Phase.AWAITED:  # a script without a ring; if others form one, it is missed then
                 worker.phase = Phase.GONE
-                return
+                return None
+            if before is Phase.MEMBER and not worker.session:  # it was done while no coordinator was there
+                self._leave(worker, 0, now_s)
+                return None
             reason = f"{reason} before it called ringps.shutdown()"
         if worker.failing is not None:
             reason = f"{reason}: {worker.failing.reason}"
-        self._causes.note(worker.worker_id, reason, now_s, code=exited.code or 1)
-        if before is not Phase.LEFT:
-            self._lose(worker, reason)
+        self._fail(worker, reason + worker.shortfall, now_s, code=exited.code or 1)
+        return None
+
+    def _fail(
+        self, worker: Worker, reason: str, now_s: float, *, code: int | None, blames: int | None = None
+    ) -> None:
+        """A worker failed. An elastic ring goes on without it, if it can."""
+        if self._state.survives and worker.phase in JOINERS:
+            self._succession.lose_joiner(worker, reason)
+        elif self._state.survives and worker.phase in SEATED:
+            self._succession.lose(worker, reason, now_s, code=code, blames=blames)
+        elif not worker.departed or self._ring.lost is not None:
+            self._ending.blame(worker, reason, now_s, code=code, blames=blames)
+            if blames is None and worker.phase is not Phase.LEFT:
+                # If it blames another, that one's own end is about to be noticed, and says more.
+                self._ending.lose(worker, reason)
 
     # Heartbeats.
 
@@ -311,6 +386,7 @@ class Quorum:
         if beat.worker_id != worker.worker_id:
             return "heartbeat for another worker"
         if worker.phase not in BEATING:
+            self._succession.remind(worker, now_s)
             return "heartbeat of a worker that is gone"
         last = worker.beat
         if last is not None and beat.count <= last.count:
@@ -320,7 +396,7 @@ class Quorum:
         worker.beat = beat
         if worker.phase in ACTIVE:
             self._detector.heard(worker.worker_id, now_s)
-        self._step = max(self._step, beat.step)
+        self._state.step = max(self._state.step, beat.step)
         return None
 
     # What follows from the state as it now is.
@@ -329,139 +405,60 @@ class Quorum:
         if self._plan.settle(now_s):
             for session in self._plan.launchers:
                 self._out.send_to(session, self._plan.assignment(session))
-        for worker_id, reason in self._detector.silent(now_s):
-            self._causes.note(worker_id, reason, now_s, code=1)
-            self._lose(self._roster[worker_id], reason)
+        self._restore(now_s)
+        self._lose_the_silent(now_s)
+        self._succession.settle_changes(now_s)
         self._advance_formation(now_s)
-        for sequence, calls in self._inquiries.settle(now_s):
+        self._succession.advance(now_s)
+        for sequence, calls in self._state.inquiries.settle(now_s):
             verdict = Verdict(generation=self._ring.number, sequence=sequence, calls=calls)
             self._out.tell_all(self._ring.members, verdict)
-        self._tell_step(now_s)
-        self._advance_end(now_s)
+        self._state.tell_step(now_s)
+        self._ending.advance(now_s)
+
+    def _restore(self, now_s: float) -> None:
+        for peer, message in self._restoration.take_over(now_s):
+            refused = self._on_message(peer, message, now_s)
+            if refused is not None:
+                self._out.refuse(refused)
+        for exited in self._restoration.take_exits(now_s):
+            refused = self._on_exit(exited, now_s)
+            if refused is not None:
+                self._out.refuse(refused)
+
+    def _lose_the_silent(self, now_s: float) -> None:
+        for worker_id, silence in self._detector.silent(now_s):
+            worker, reason = self._roster[worker_id], silence
+            if not worker.session:
+                timeout_s = self._settings.timeouts.heartbeat_timeout_s
+                reason = f"it did not come back within {timeout_s:.1f} s after the coordinator was restarted"
+            survives = self._state.survives
+            self._fail(worker, reason, now_s, code=1)
+            if survives:
+                self._succession.expel(worker)
 
     def _advance_formation(self, now_s: float) -> None:
         ring, world_size = self._ring, self._plan.world_size
         if ring.lost is not None or ring.formed or not any(self._roster.greeted()):
             return
-        gone = self._roster.gone()
+        gone = None if ring.formed_once else self._roster.gone()
         if gone is not None:  # with code 0, or the ring would be lost already
             reason = "process exited with code 0 without joining the ring, for which others wait"
-            self._causes.note(gone.worker_id, reason, now_s, code=1)
-            self._lose(gone, reason)
-        elif ring.number == 0 and self._roster.count(Phase.WAITING) == world_size:
-            self._prepare()
-        elif self._roster.count(Phase.BOUND) == world_size:
-            self._form()
-
-    def _prepare(self) -> None:
-        members = self._roster.in_ring_order(self._plan.hosts)
-        encrypt = self._settings.encrypt_data or self._plan.encrypt_data
-        self._out.tell_all(members, self._ring.prepare(members, self._new_token(), encrypt))
-
-    def _form(self) -> None:
-        ring = self._ring
-        self._out.tell_all(ring.members, ring.form())
-        reason = f"all {len(ring.members)} workers have come"
-        self._emit("generation", generation=ring.number, members=ring.describe(), reason=reason)
-
-    def _lose(self, worker: Worker, reason: str) -> None:
-        """A worker is gone. Only the first is announced: the others follow from it."""
-        worker.phase = Phase.GONE
-        self._detector.forget(worker.worker_id)
-        if worker.rank is not None:
-            self._inquiries.know(worker.rank, clip_line(f"lost: {reason}", MAX_CALL_BYTES))
-        if self._ring.lost is not None:
-            return
-        lost = self._ring.lost = Lost(
-            generation=self._ring.number,
-            rank=self._rank(worker),
-            worker_id=worker.worker_id,
-            host=self._host(worker),
-            reason=clip(reason),
-        )
-        concerned = list(self._roster.greeted())
-        for other in concerned:
-            self._out.tell(other, lost)
-        if concerned:
-            self._emit(
-                "worker_lost",
-                generation=lost.generation,
-                worker_id=lost.worker_id,
-                rank=lost.rank,
-                host=lost.host,
-                reason=lost.reason,
-            )
-
-    def _advance_end(self, now_s: float) -> None:
-        root = self._causes.decide(now_s)
-        if root is not None:
-            worker = self._roster[root.worker_id]
-            self._tell_step(now_s, at_once=True)
-            self._verdict = JobFailed(
-                worker_id=root.worker_id,
-                rank=self._rank(worker),
-                host=self._host(worker),
-                code=root.code or 1,
-                reason=clip(root.reason),
-            )
-            self._out.send_all(self._plan.launchers, self._verdict)
-            self._patient_until_s = now_s + self._settings.timeouts.shutdown_timeout_s
-        all_exited = self._plan.complete and self._roster.exited() == self._plan.world_size
-        if self._causes.decided:
-            if all_exited or not self._launchers or now_s >= self._patient_until_s:
-                self._finish("a worker failed")
-        elif all_exited and not self._finished:
-            self._tell_step(now_s, at_once=True)
-            self._verdict = JobDone()
-            self._out.send_all(self._plan.launchers, self._verdict)
-            self._finish("all workers have exited")
-        elif self._ring.all_left and not self._launchers:
-            self._finish("all workers have left")
-
-    def _catch_up(self, worker: Worker) -> None:
-        """Tell a worker that is new here, or back, all that concerns it. It skips what it knows."""
-        ring = self._ring
-        self._out.tell(worker, Welcome(heartbeat_port=self._settings.heartbeat_port))
-        for message in ring.history(worker):
-            self._out.tell(worker, message)
-        if ring.lost is not None:
-            self._out.tell(worker, ring.lost)
-        elif ring.all_left:
-            self._out.tell(worker, AllLeft(generation=ring.number))
-
-    def _catch_up_launcher(self, session: str) -> None:
-        self._out.send_to(session, Waiting(reason=clip(self._plan.waiting_for())))
-        if self._plan.complete:
-            self._out.send_to(session, self._plan.assignment(session))
-        if self._verdict is not None:
-            self._out.send_to(session, self._verdict)
-
-    # Small things.
-
-    def _finish(self, reason: str) -> None:
-        if not self._finished:
-            self._finished = True
-            self._out.finish(reason)
+            self._fail(gone, reason, now_s, code=1)
+        elif ring.bound:
+            self._state.form()
+            self._succession.formed()
+        elif (
+            ring.number == 0
+            and self._roster.count(Phase.WAITING) == world_size
+            and not self._restoration.under_way
+        ):
+            self._state.prepare(self._roster.inside({Phase.WAITING}), f"all {world_size} workers have come")
 
     def _may_have_failed(self, blamed: int, by: Worker) -> bool:
-        """Whether that worker's end may explain this one's. Of one that left in order, it does not."""
+        """Whether that worker's end may explain this one's. Of one that left in order, or whose loss the
+        ring survived, it does not."""
         if blamed == by.worker_id or blamed not in self._roster:
             return False
-        return self._roster[blamed].phase is not Phase.LEFT
-
-    def _rank(self, worker: Worker) -> int:
-        # Before the ring forms there are no ranks; with launchers they will equal the worker ids.
-        return worker.worker_id if worker.rank is None else worker.rank
-
-    def _host(self, worker: Worker) -> str:
-        return worker.host or self._plan.host_of(worker.worker_id) or "an unknown host"
-
-    def _tell_step(self, now_s: float, *, at_once: bool = False) -> None:
-        """Report the newest step, seldom more often than once in `STEP_EVENT_INTERVAL_S`."""
-        due = at_once or now_s - self._step_told_s >= STEP_EVENT_INTERVAL_S
-        if due and self._step > self._step_told:
-            self._step_told, self._step_told_s = self._step, now_s
-            self._emit("step_committed", step=self._step, generation=self._ring.number)
-
-    def _emit(self, event: str, **details: Any) -> None:
-        self._out.emit(self._plan.launchers, event, **details)
+        phase = self._roster[blamed].phase
+        return phase is not Phase.LEFT and not (phase is Phase.GONE and self._state.survives)

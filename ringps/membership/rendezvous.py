@@ -51,6 +51,15 @@ class Rendezvous:
         except TimeoutError:
             raise self._channel.unreachable() from None
 
+    def next(self, answer: type[Answer], limit_s: float) -> Answer:
+        """The next `answer` that is delivered.
+
+        Raises:
+            TimeoutError: none was within `limit_s`.
+            RingpsError: as `greet`.
+        """
+        return self._wait_for(answer, time.monotonic() + limit_s)
+
     def wait_for(self, answer: type[Answer], goal: str) -> Answer:
         """Wait for an `answer`, until `rendezvous_timeout_s` after the hello.
 

@@ -33,32 +33,33 @@ def describe_model(tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[Entr
 
 
 @torch.no_grad()
-def replicate(ring: ReductionRing, tensors: Sequence[torch.Tensor]) -> None:
-    """Overwrite `tensors` with rank 0's, in place.
+def replicate(ring: ReductionRing, tensors: Sequence[torch.Tensor], src: int = 0) -> None:
+    """Overwrite `tensors` with rank `src`'s, in place.
 
     Args:
         ring: all ranks call with the same dtypes and shapes.
         tensors: of any dtype and strides, on the CPU. Small ones travel together.
+        src: whose values all get.
     """
     if ring.world_size == 1:
         return
     pack: list[torch.Tensor] = []
     for tensor in tensors:
         if tensor.nbytes >= _PACK_BYTES:
-            ring.broadcast(_distinct(tensor.detach()), 0)
+            ring.broadcast(_distinct(tensor.detach()), src)
             continue
         if sum(one.nbytes for one in pack) + tensor.nbytes > _PACK_BYTES:
-            _replicate_pack(ring, pack)
+            _replicate_pack(ring, pack, src)
             pack = []
         pack.append(_distinct(tensor.detach()))
-    _replicate_pack(ring, pack)
+    _replicate_pack(ring, pack, src)
 
 
-def _replicate_pack(ring: ReductionRing, pack: Sequence[torch.Tensor]) -> None:
+def _replicate_pack(ring: ReductionRing, pack: Sequence[torch.Tensor], src: int) -> None:
     if not pack:
         return
     flat = torch.cat([one.contiguous().view(-1).view(torch.uint8) for one in pack])
-    ring.broadcast(flat, 0)
+    ring.broadcast(flat, src)
     parts = torch.split(flat, [one.nbytes for one in pack])
     for one, part in zip(pack, parts, strict=True):
         # A part may start anywhere, and a view of another dtype needs its alignment.

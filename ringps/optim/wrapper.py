@@ -8,11 +8,14 @@ from typing import Any, Literal, NoReturn, SupportsIndex
 
 import torch
 
-from ringps.buckets import BucketSettings, Reducer, ReducerStatistics, agree
+from ringps.buckets import BucketSettings, Entry, Reducer, ReducerStatistics, agree
 from ringps.collectives import Communicator, current
 from ringps.config import MIB
 from ringps.data import ElasticBatchSampler
+from ringps.kernels.digest import EMPTY, digest
 from ringps.optim.replicate import describe_model, describe_optimizer, replicate
+from ringps.optim.stragglers import Straggler
+from ringps.optim.watch import CommitWatch, parameters_of
 from ringps.optim.weights import SampleWeights
 
 
@@ -94,37 +97,53 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise ValueError("the optimizer is wrapped already")
         self._inner = optimizer
         self._ring = communicator if communicator is not None else current()
-        self._weights = None if sampler is None else SampleWeights(sampler)
+        self._weights = None if sampler is None else SampleWeights(sampler, elastic=self._ring.elastic)
         settings = BucketSettings(
             cap_bytes=bucket_cap_bytes,
             first_cap_bytes=first_bucket_bytes,
             accumulate_steps=accumulate_steps,
         )
         names = _Names(model, optimizer)
+        self._watch = CommitWatch(self._ring, optimizer)
         # Constructed first: it checks the parameters, which must not fail amid the collectives.
         self._reducer = Reducer(
             self._ring,
-            lambda: _parameters(optimizer),
+            lambda: parameters_of(optimizer),
             names,
             settings,
-            None if self._weights is None else self._weights.next,
+            self._weights,
+            self._watch,
         )
+        self._names = names
         tensors = [(names(one), one) for one in names.known]
         for name, tensor in tensors:
             if tensor.device.type != "cpu":
                 raise ValueError(
                     f'"{name}" is on {tensor.device}; this version of ringps trains on the CPU only'
                 )
+        self._settings = settings
+        if self._ring.joining:
+            return  # it gets the members' state, and is compared with them then
         options = repr((settings, sampler is not None and sampler.state_dict()))
-        agree(
-            self._ring,
-            [
-                *describe_model(tensors),
-                *describe_optimizer(optimizer, names),
-                ("options of DistributedOptimizer", options),
-            ],
-        )
-        replicate(self._ring, [tensor for _, tensor in tensors])
+        entries = [
+            *describe_model(tensors),
+            *describe_optimizer(optimizer, names),
+            ("options of DistributedOptimizer", options),
+        ]
+
+        ranks = (0, 1)
+
+        def attempt(before: int) -> bytes:
+            nonlocal ranks
+            ranks = self._ring.rank, self._ring.world_size
+            agree(self._ring.raw, entries)
+            replicate(self._ring.raw, names.known)
+            return digest(*names.known) if self._ring.elastic else EMPTY
+
+        self._ring.transact(attempt)
+        if sampler is not None:
+            # Of the ranks that took part, also if one was lost since: the others know it no better.
+            sampler.divide(*ranks)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -181,6 +200,29 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     self._weights.end_evaluations()
         self._ring.record_step(self._reducer.next_step())
         return result
+
+    @property
+    def stragglers(self) -> tuple[Straggler, ...]:
+        """Workers that are persistently slower than the others, the slowest first; see `Recovery`."""
+        return self._watch.stragglers
+
+    def layout(self) -> list[Entry]:
+        """What must be alike on all ranks and does not change while training: names, shapes, options."""
+        tensors = [(self._names(one), one) for one in self._names.known]
+        groups = [entry for entry in describe_optimizer(self._inner, self._names) if "'" not in entry[0]]
+        return [*describe_model(tensors), *groups, ("options of DistributedOptimizer", repr(self._settings))]
+
+    def progress(self) -> dict[str, Any]:
+        """What a new member needs beside the state, to reduce gradients together with the others."""
+        return self._reducer.progress()
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Go on from the others' `progress`."""
+        self._reducer.go_on(progress)
+
+    def at_next_commit(self, call: Callable[[], None]) -> None:
+        """Have `call` called once when the next reduction has committed, before anything can be applied."""
+        self._watch.at_next_commit(call)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""
@@ -268,8 +310,3 @@ class _Names:
         for number, group in enumerate(self._optimizer.param_groups):
             for position, parameter in enumerate(group["params"]):
                 yield f"param_groups[{number}]['params'][{position}]", parameter
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

@@ -23,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
+from ringps import probe as moments
 from ringps.config import Exchange
 from ringps.errors import PeerLostError, SetupError
 from ringps.ring import schedule
@@ -51,8 +52,14 @@ class TcpListener:
     transport.
     """
 
-    def __init__(self, ip: str, token: JobKey, exchange: Exchange) -> None:
+    def __init__(self, ip: str, token: JobKey, exchange: Exchange, *, silent_link_s: int = 3) -> None:
         """Bind to a free port of `ip`.
+
+        Args:
+            ip: an address of this machine.
+            token: the generation's.
+            exchange: settings.
+            silent_link_s: after so many seconds without any sign of the other machine a connection breaks.
 
         Raises:
             SetupError: this machine has no address `ip`.
@@ -60,9 +67,10 @@ class TcpListener:
         self._token = token
         self._exchange = exchange
         self._ip = ip
+        self._silent_link_s = silent_link_s
         self._socket = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            prepare(self._socket, exchange.socket_buffer_bytes)
+            prepare(self._socket, exchange.socket_buffer_bytes, silent_link_s)
             self._socket.bind((ip, 0))
             self._socket.listen(_MOST_GUESTS)
         except OSError as error:
@@ -76,7 +84,9 @@ class TcpListener:
 
         The listener belongs to the transport then.
         """
-        return TcpTransport(self._socket, self._ip, generation, self._token, self._exchange)
+        return TcpTransport(
+            self._socket, self._ip, generation, self._token, self._exchange, silent_link_s=self._silent_link_s
+        )
 
     def close(self) -> None:
         """Give the port back without having connected. Idempotent."""
@@ -88,9 +98,17 @@ class TcpTransport:
     `transport.base.Transport`."""
 
     def __init__(
-        self, listening: socket.socket, ip: str, generation: Generation, token: JobKey, exchange: Exchange
+        self,
+        listening: socket.socket,
+        ip: str,
+        generation: Generation,
+        token: JobKey,
+        exchange: Exchange,
+        *,
+        silent_link_s: int,
     ) -> None:
         self._generation = generation
+        self._silent_link_s = silent_link_s
         self._ip = ip
         self._secret = token.secret
         self._exchange = exchange
@@ -146,6 +164,17 @@ class TcpTransport:
         link = self._out.get(peer)
         if link is None or peer in self._broken_out:
             return None
+        if moments.listener is not None and link.room:
+            incoming = self._in.get(peer)
+            passed = moments.reached(
+                "chunk",
+                header=header,
+                payload=payload,
+                peer=peer,
+                outgoing=list(link.sockets),
+                incoming=[stream.socket for stream in incoming.streams] if incoming else [],
+            )
+            header, payload = passed["header"], passed["payload"]
         try:
             ticket = link.send(header, payload)
         except LinkError as error:
@@ -364,7 +393,8 @@ class TcpTransport:
 
     def _dial(self, hello: Hello) -> None:
         peer = hello.receiver
-        dial = Dial(self._address(peer), hello, self._secret, self._exchange.socket_buffer_bytes)
+        buffer_bytes = self._exchange.socket_buffer_bytes
+        dial = Dial(self._address(peer), hello, self._secret, buffer_bytes, self._silent_link_s)
         fd = dial.socket.fileno()
         self._dials[fd] = dial
         self._watch(fd, dial.interest, partial(self._on_dial, fd))

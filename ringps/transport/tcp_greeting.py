@@ -24,10 +24,18 @@ class Interrupted(Exception):
     """The connection ended before anybody had proved anything: it may be tried again."""
 
 
-def prepare(connection: socket.socket, buffer_bytes: int) -> None:
-    """Set a socket's options, before it connects or listens."""
+def prepare(connection: socket.socket, buffer_bytes: int, silent_link_s: int) -> None:
+    """Set a socket's options, before it connects or listens.
+
+    Keep-alive probes, of which a machine that is there answers each even if the process is busy, break a
+    connection over which nothing comes. (TCP_USER_TIMEOUT would also break one whose reader is slow.)
+    """
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, silent_link_s - 1))
     if buffer_bytes:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
@@ -70,12 +78,13 @@ class Dial:
         hello: Hello,
         secret: bytes,
         buffer_bytes: int,
+        silent_link_s: int,
     ) -> None:
         self.hello = hello
         self.interest = select.POLLOUT
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
-        prepare(self.socket, buffer_bytes)
+        prepare(self.socket, buffer_bytes, silent_link_s)
         self._secret = secret
         self._reader = _Reader(self.socket)
         self._raw_hello = handshake.encode_hello(hello)

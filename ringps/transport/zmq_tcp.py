@@ -58,7 +58,9 @@ class ZmqTcpListener:
     transport.
     """
 
-    def __init__(self, ip: str, token: JobKey, exchange: Exchange, *, encrypt: bool) -> None:
+    def __init__(
+        self, ip: str, token: JobKey, exchange: Exchange, *, encrypt: bool, silent_link_s: int = 3
+    ) -> None:
         """Bind to a free port of `ip`.
 
         Raises:
@@ -73,6 +75,8 @@ class ZmqTcpListener:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=exchange.io_threads)
         self._zap = ZapResponder(self._context, token)
         self._pull = self._context.socket(zmq.PULL)
+        self._silent_link_s = silent_link_s
+        self._keep_alive(self._pull)
         self._pull.linger = 0
         self._pull.rcvhwm = exchange.send_queue_chunks
         self._pull.maxmsgsize = max(exchange.chunk_bytes, HEADER_BYTES) + _CURVE_OVERHEAD_BYTES
@@ -94,6 +98,7 @@ class ZmqTcpListener:
     def connect(self, generation: Generation) -> ZmqTcpTransport:
         """Connect to the right neighbour of `generation`. The listener belongs to the transport then."""
         push = self._context.socket(zmq.PUSH)
+        self._keep_alive(push)
         push.linger = 0
         push.sndhwm = self._exchange.send_queue_chunks
         push.immediate = True
@@ -109,6 +114,11 @@ class ZmqTcpListener:
         transport = ZmqTcpTransport(self._context, self._zap, self._pull, push, generation)
         push.connect(address)
         return transport
+
+    def _keep_alive(self, one: zmq.Socket[bytes]) -> None:
+        """As `tcp_greeting.prepare`."""
+        one.tcp_keepalive = one.tcp_keepalive_idle = one.tcp_keepalive_intvl = 1
+        one.tcp_keepalive_cnt = max(1, self._silent_link_s - 1)
 
     def close(self) -> None:
         """Give the port back without having connected."""

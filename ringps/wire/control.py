@@ -46,10 +46,11 @@ from ringps.wire.rules import (
     plain_map,
     seat,
     text,
+    whole,
     worker_id,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_FRAME_BYTES = 256 * 1024
 
@@ -77,6 +78,10 @@ class Hello:
     pid: Pid
     generation: Number
     """The last generation that this worker was a member of; 0 for none."""
+    members: Annotated[tuple[Seat, ...], listing(seat, low=0)]
+    """The members of that generation, in ring order: a coordinator that was restarted learns of them."""
+    program: Annotated[str, text(0, MAX_NAME_BYTES)]
+    """Names the script that the worker runs by its contents; "" if it has none."""
     session: Session = field(repr=False)
     """Drawn at random by the sender; known to nobody else, it proves that a new connection or a
     heartbeat is the same process's."""
@@ -129,6 +134,52 @@ class Failing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Suspect:
+    """A member cannot be reached over the data connections of this generation."""
+
+    generation: Number
+    worker_id: WorkerId
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admitting:
+    """This member's script takes new workers between its steps from now on."""
+
+    generation: Number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A joining worker has built its model and waits for the ring's state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """This member has applied `step`, pauses, and serves its state to `joiners` at `address`."""
+
+    generation: Number
+    step: Number
+    joiners: Annotated[tuple[int, ...], listing(worker_id)]
+    address: Name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Departing:
+    """This member was asked to leave (SIGTERM), has applied `step`, and leaves before the next one."""
+
+    generation: Number
+    step: Number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noted:
+    """A line for the events file; `event` has a field of that name."""
+
+    event: Annotated[dict[str, Any], plain_map]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
     """A worker is alive. `count` grows with every beat, so that none can be replayed."""
 
@@ -151,6 +202,10 @@ class LauncherHello:
     slots: WorldSize
     master_port: Port
     encrypt_data: Flag
+    first_worker_id: Annotated[int | None, optional(worker_id)]
+    """Of the assignment that it was given before the coordinator was restarted; None without one."""
+    world_size: Annotated[int | None, optional(whole(1, MAX_WORKERS))]
+    """Likewise."""
     session: Session = field(repr=False)
     """As in `Hello`."""
 
@@ -165,6 +220,7 @@ class WorkerExited:
     """A worker's process ended. `code` as a shell gives it (128 + signal), `reason` in words."""
 
     worker_id: WorkerId
+    pid: Pid
     code: ExitCode
     reason: Reason
 
@@ -177,6 +233,11 @@ class Welcome:
     """The worker is expected; it must send heartbeats to this port from now on."""
 
     heartbeat_port: Port
+    elastic: Flag
+    """Whether the ring goes on when a member is lost."""
+    running: Annotated[int, whole(0, MAX_WORKERS)]
+    """0 if the worker takes part in the ring's first formation; else how many members run already, whose
+    state it is to get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,9 +256,13 @@ class Waiting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepare:
-    """All have come: listen for data connections with this token, and answer `Bound`."""
+    """A generation is to form: listen for data connections with this token, and answer `Bound`.
+
+    The one before it is over. A later `Prepare` takes the place of an earlier one."""
 
     generation: Number
+    reason: Reason
+    """Why there is a new generation."""
     members: Annotated[tuple[Seat, ...], listing(seat)]
     """In ring order."""
     token_public: KeyHalf
@@ -215,12 +280,48 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lost:
-    """A member is gone, and with it the ring. `generation` is 0 while none is formed."""
+    """A member is gone, and the ring cannot go on. `generation` is 0 while none is formed."""
 
     generation: Number
     rank: Rank
     worker_id: WorkerId
     host: Name
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expelled:
+    """The others took this worker for lost, and went on without it."""
+
+    generation: Number
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joiners:
+    """All workers that are `Ready`; takes the place of what was said before. To members."""
+
+    generation: Number
+    worker_ids: Annotated[tuple[int, ...], listing(worker_id, low=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """Get the state of `step` from these servers (`HOST:PORT`), with this token. To a joining worker, which
+    is a member of the generation after `generation`: a `Prepare` follows."""
+
+    generation: Number
+    step: Number
+    servers: Annotated[tuple[str, ...], listing(name)]
+    token_public: KeyHalf
+    token_secret: KeyHalf = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """Nobody joins now: members that pause go on in this generation."""
+
+    generation: Number
     reason: Reason
 
 
@@ -235,7 +336,7 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllLeft:
-    """Every member called shutdown()."""
+    """Every member called shutdown(), or left. To joining workers too: the job is over."""
 
     generation: Number
 
@@ -281,6 +382,23 @@ class Assignment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Replaceable:
+    """A worker is lost or has left, and the ring would take another process in its place."""
+
+    worker_id: WorkerId
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expel:
+    """The others went on without this worker: end its process, if there is one."""
+
+    worker_id: WorkerId
+    pid: Pid
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobEvent:
     """A line for the events file."""
 
@@ -304,10 +422,39 @@ class JobDone:
     """Every worker of the job exited with code 0."""
 
 
-FromWorker = Hello | Bound | Ask | Dispute | CallReport | Leaving | Failing
+FromWorker = (
+    Hello
+    | Bound
+    | Ask
+    | Dispute
+    | CallReport
+    | Leaving
+    | Failing
+    | Suspect
+    | Admitting
+    | Ready
+    | Offer
+    | Departing
+    | Noted
+)
 FromLauncher = LauncherHello | LauncherLeaving | WorkerExited
-ToWorker = Welcome | Refused | Waiting | Prepare | Form | Lost | Left | AllLeft | Inquire | Verdict
-ToLauncher = Refused | Waiting | Assignment | JobEvent | JobFailed | JobDone
+ToWorker = (
+    Welcome
+    | Refused
+    | Waiting
+    | Prepare
+    | Form
+    | Lost
+    | Expelled
+    | Joiners
+    | Feed
+    | Resume
+    | Left
+    | AllLeft
+    | Inquire
+    | Verdict
+)
+ToLauncher = Refused | Waiting | Assignment | Replaceable | Expel | JobEvent | JobFailed | JobDone
 Message = FromWorker | FromLauncher | Beat | ToWorker | ToLauncher
 
 

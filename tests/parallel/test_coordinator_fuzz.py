@@ -20,11 +20,14 @@ from ringps.config import Timeouts
 from ringps.membership import Coordinator, CoordinatorSettings, JobKey, LauncherLink, WorkerLink
 from ringps.membership.coordinator import MAX_REPORT_BYTES
 from ringps.wire.control import (
+    PROTOCOL_VERSION,
+    Admitting,
     AllLeft,
     Ask,
     Beat,
     Bound,
     CallReport,
+    Departing,
     Dispute,
     Failing,
     Form,
@@ -34,9 +37,14 @@ from ringps.wire.control import (
     Leaving,
     Lost,
     Message,
+    Noted,
+    Offer,
+    Ready,
+    Suspect,
     WorkerExited,
     encode,
 )
+from ringps.wire.rules import Seat
 from ringps.worker_env import WorkerEnv
 
 FRAMES = 1_000_000
@@ -50,9 +58,18 @@ GROWTH_LIMIT_BYTES = 64 * 1024 * 1024
 # What members, launchers and the coordinator say, as a stranger may have seen it (but for the
 # session, which no stranger sees), and the same of other generations.
 REPLAYS: tuple[Message, ...] = (
-    Hello(worker_id=0, host="here", pid=1, generation=0, session=SESSION),
-    Hello(worker_id=1, host="here", pid=1, generation=1, session=SESSION),
-    Hello(worker_id=2, host="elsewhere", pid=1, generation=0, session=SESSION),
+    *(
+        Hello(
+            worker_id=worker_id,
+            host="here",
+            pid=1,
+            generation=generation,
+            members=(Seat(worker_id, "here", 1),) if generation else (),
+            program="",
+            session=SESSION,
+        )
+        for worker_id, generation in ((0, 0), (1, 1), (2, 0), (1, 2), (0, 2**40))
+    ),
     *(
         message
         for generation in (0, 1, 2, 2**40)
@@ -61,6 +78,10 @@ REPLAYS: tuple[Message, ...] = (
             Leaving(generation=generation, completed=7),
             Dispute(generation=generation, sequence=7),
             CallReport(generation=generation, sequence=7, call="barrier()"),
+            Suspect(generation=generation, worker_id=1, reason="a lie"),
+            Admitting(generation=generation),
+            Offer(generation=generation, step=9, joiners=(1,), address="127.0.0.1:1"),
+            Departing(generation=generation, step=9),
             Beat(worker_id=0, session=SESSION, generation=generation, step=9, count=2**50),
             Beat(worker_id=1, session=SESSION, generation=generation, step=0, count=1),
             AllLeft(generation=generation),
@@ -70,9 +91,21 @@ REPLAYS: tuple[Message, ...] = (
     ),
     Ask(),
     Failing(reason="a lie", blames=0),
-    WorkerExited(worker_id=1, code=137, reason="a lie"),
-    LauncherHello(
-        host="elsewhere", address="10.0.0.9", slots=1, master_port=1, encrypt_data=False, session=SESSION
+    Ready(),
+    Noted(event={"event": "straggler"}),
+    WorkerExited(worker_id=1, pid=1, code=137, reason="a lie"),
+    *(
+        LauncherHello(
+            host="elsewhere",
+            address="10.0.0.9",
+            slots=1,
+            master_port=1,
+            encrypt_data=False,
+            first_worker_id=first,
+            world_size=world_size,
+            session=SESSION,
+        )
+        for first, world_size in ((None, None), (0, 2), (1, 1), (0, None))
     ),
     LauncherLeaving(),
 )
@@ -128,7 +161,7 @@ class Garbage:
 
     def _other_version(self) -> list[bytes]:
         _, name, values = msgpack.unpackb(self._random.choice(VALID))
-        return [msgpack.packb([self._random.choice((0, 2, -1, 2**32)), name, values])]
+        return [msgpack.packb([self._random.choice((0, PROTOCOL_VERSION + 1, -1, 2**32)), name, values])]
 
     def _many_frames(self) -> list[bytes]:
         return [self._random.choice((b"", *VALID)) for _ in range(self._random.randrange(2, 6))]
@@ -147,6 +180,10 @@ class Listening:
 
     def on_lost(self, error: object) -> None:
         self.harm.append(error)
+
+    def on_changed(self, error: object) -> None:
+        if str(error) != "all 2 workers have come":
+            self.harm.append(error)
 
     def on_left(self, rank: int, completed: int) -> None:
         if completed != 11:
@@ -168,7 +205,8 @@ class Ring:
         self.key_file = str(directory / "job.key")
         key.save(self.key_file)
         timeouts = Timeouts(heartbeat_timeout_s=20.0, inquiry_timeout_s=PATIENCE_S)
-        self.coordinator = Coordinator(CoordinatorSettings(world_size=2, timeouts=timeouts), key)
+        settings = CoordinatorSettings(world_size=2, timeouts=timeouts, min_workers=1)
+        self.coordinator = Coordinator(settings, key)
         stack.callback(self.coordinator.close)
         self.coordinator.start()
         launcher = LauncherLink(self.coordinator.address, key, timeouts, lambda message: None)

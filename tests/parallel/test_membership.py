@@ -26,6 +26,7 @@ from ringps.errors import (
     CoordinatorUnreachableError,
     PeerLostError,
     RefusedError,
+    RingChangedError,
     SetupError,
 )
 from ringps.membership import (
@@ -66,6 +67,9 @@ class Ear:
 
     def on_lost(self, error: PeerLostError) -> None:
         self._heard.put(("lost", error))
+
+    def on_changed(self, error: RingChangedError) -> None:
+        """The ring is fixed, so that this is its first formation."""
 
     def on_left(self, rank: int, completed: int) -> None:
         self._heard.put(("left", rank, completed))
@@ -191,7 +195,15 @@ class Stranger:
 
 
 def hello(worker_id: int) -> Hello:
-    return Hello(worker_id=worker_id, host="elsewhere", pid=1, generation=0, session=SESSION)
+    return Hello(
+        worker_id=worker_id,
+        host="elsewhere",
+        pid=1,
+        generation=0,
+        members=(),
+        program="",
+        session=SESSION,
+    )
 
 
 def eventually(check: Callable[[], bool]) -> None:
@@ -297,7 +309,7 @@ class TestLoss:
         links = [site.worker(0, ear), site.worker(1)]
         site.join(*links)
         assert messages.get(timeout=PATIENCE_S).event["event"] == "generation"
-        launcher.worker_exited(1, 137, "process killed by signal 9 (SIGKILL)")
+        launcher.worker_exited(1, 0, 137, "process killed by signal 9 (SIGKILL)")
         kind, error = ear.next()
         assert kind == "lost"
         assert str(error) == "rank 1 (worker 1 on here) lost: process killed by signal 9 (SIGKILL)"
@@ -337,7 +349,7 @@ class TestLoss:
         launcher = site.launcher()
         launcher.register("here", "127.0.0.1", 3, 29500, False)
         joining = [site.submit(site.worker(worker_id).join, bind_to(0)) for worker_id in (0, 1)]
-        launcher.worker_exited(2, 1, "process exited with code 1")
+        launcher.worker_exited(2, 0, 1, "process exited with code 1")
         for future in joining:
             with pytest.raises(PeerLostError, match="process exited with code 1"):
                 future.result(PATIENCE_S)
@@ -377,7 +389,7 @@ class TestRefusal:
     def test_another_protocol_version(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         site.serve(1)
         link = site.worker(0)
-        monkeypatch.setattr("ringps.wire.control.PROTOCOL_VERSION", 2)
+        monkeypatch.setattr("ringps.wire.control.PROTOCOL_VERSION", 3)
         frame = encode(hello(0))
         monkeypatch.undo()
         stranger = Stranger(site)
@@ -602,7 +614,7 @@ def test_launchers_settle_without_a_world_size(site: Site) -> None:
     assert [plan.first_worker_id for plan in plans] == [0, 1]
     assert {plan.world_size for plan in plans} == {2}
     for worker_id, link in enumerate(links):
-        link.worker_exited(worker_id, 0, "process exited with code 0")
+        link.worker_exited(worker_id, 0, 0, "process exited with code 0")
     assert [box.get(timeout=PATIENCE_S) for box in heard] == [JobDone(), JobDone()]
     assert coordinator.wait(PATIENCE_S)
 

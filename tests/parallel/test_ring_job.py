@@ -17,6 +17,11 @@ ringps.init()
 """
 
 
+def fixed(workers: int) -> tuple[str, ...]:
+    """Of a job whose ring ends with the first loss."""
+    return ("run", "-n", str(workers), "--min-workers", str(workers))
+
+
 def lines_of(finished: Finished, rank: int) -> str:
     """Everything that one rank printed to stderr."""
     return "\n".join(line for line in finished.err.splitlines() if line.startswith(f"[{rank}] "))
@@ -69,7 +74,7 @@ except ringps.PeerLostError as error:
 
 
 def test_a_killed_worker_is_named_by_every_other_within_a_second(tmp_path: Path) -> None:
-    finished = run("run", "-n", "4", script(tmp_path, START + KILLED))
+    finished = run(*fixed(4), script(tmp_path, START + KILLED))
     assert finished.code == 128 + signal.SIGKILL
     died_s = float(re.findall(r"\[1\] now ([\d.]+)", finished.out)[0])
     noticed = re.findall(r"\[([023])\] lost 1 ([\d.]+)", finished.out)
@@ -95,7 +100,7 @@ ringps.barrier()
     )
     # A stopped process does not hear SIGTERM either, so the launcher needs its grace for that one.
     environ = {"RINGPS_HEARTBEAT_TIMEOUT_S": "1.5", "RINGPS_HEARTBEAT_INTERVAL_S": "0.1"}
-    finished = run("run", "-n", "3", "--grace", "1", path, environ=environ)
+    finished = run(*fixed(3), "--grace", "1", path, environ=environ)
     assert finished.code != 0
     for rank in (0, 1):
         assert re.search(r"PeerLostError: rank 2 .* no heartbeat .*1\.5 s", lines_of(finished, rank)), (
@@ -114,7 +119,7 @@ if RANK == 2:
 ringps.barrier()
 """,
     )
-    finished = run("run", "-n", "3", path)
+    finished = run(*fixed(3), path)
     assert finished.code == 1
     assert "KeyError: 'no such column'" in lines_of(finished, 2)
     assert "rank 2 (worker 2 on" in finished.last
@@ -124,7 +129,7 @@ ringps.barrier()
 
 def test_a_rank_that_ends_early_is_named_by_those_who_need_it(tmp_path: Path) -> None:
     path = script(tmp_path, START + "ringps.barrier()\nif RANK != 1:\n    ringps.barrier()")
-    finished = run("run", "-n", "3", path)
+    finished = run(*fixed(3), path)
     assert finished.code == 1
     for rank in (0, 2):
         assert re.search(
@@ -135,7 +140,7 @@ def test_a_rank_that_ends_early_is_named_by_those_who_need_it(tmp_path: Path) ->
 
 def test_ranks_that_disagree_are_told_who_called_what(tmp_path: Path) -> None:
     path = script(tmp_path, START + "ringps.all_reduce(torch.ones(3 if RANK == 1 else 4))")
-    finished = run("run", "-n", "3", path)
+    finished = run(*fixed(3), path)
     assert finished.code == 1
     for rank in range(3):
         text = lines_of(finished, rank)
@@ -154,7 +159,7 @@ if RANK == 0:
 ringps.barrier()
 """,
     )
-    finished = run("run", "-n", "3", path, environ={"RINGPS_OP_TIMEOUT_S": "0.5"})
+    finished = run(*fixed(3), path, environ={"RINGPS_OP_TIMEOUT_S": "0.5"})
     assert finished.code == 1
     assert "CollectiveTimeoutError" in finished.err
     assert re.search(r"rank 0 \(worker 0 on .*\): no collective called yet", finished.err)
@@ -169,7 +174,7 @@ model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3 if RANK 
 ringps.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
 """,
     )
-    finished = run("run", "-n", "2", path)
+    finished = run(*fixed(2), path)
     assert finished.code == 1
     for rank in range(2):
         error = next(line for line in lines_of(finished, rank).splitlines() if "LayoutMismatchError:" in line)

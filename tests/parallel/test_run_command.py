@@ -210,7 +210,8 @@ def test_events(tmp_path: Path) -> None:
 
 def test_events_of_the_ring(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    with start("run", "-n", "2", "--events", events, script(tmp_path, MEMBER)) as command:
+    fixed = ("-n", "2", "--min-workers", "2")
+    with start("run", *fixed, "--events", events, script(tmp_path, MEMBER)) as command:
         _, victim = command.expect_all("[0] pid", "[1] pid")
         os.kill(int(victim.split()[-1]), signal.SIGKILL)
         assert command.finish().code == 137
@@ -256,7 +257,15 @@ def unreadable_key(directory: Path) -> Path:
         (["run", "-n", "two", "SCRIPT"], 2, "'two' is not a whole number"),
         (["run", "-n", "1", "--grace", "-1", "SCRIPT"], 2, "--grace"),
         (["run", "-n", "1", "--transport", "rdma", "SCRIPT"], 2, "choose from 'auto', 'shm', 'tcp', 'zmq'"),
-        (["run", "-n", "1", "--min-workers", "1", "SCRIPT"], 2, "--min-workers"),
+        (["run", "-n", "2", "--min-workers", "3", "SCRIPT"], 2, "--min-workers 3 is above -n 2"),
+        (["run", "-n", "2", "--min-workers", "0", "SCRIPT"], 2, "at least 1"),
+        (
+            [*["run", "-n", "1", "--min-workers", "1", "--join", "127.0.0.1:1", "--key-file", "k"], "SCRIPT"],
+            2,
+            "--min-workers goes to `ringps coordinator`",
+        ),
+        (["run", "-n", "2", "--max-restarts", "-1", "SCRIPT"], 2, "--max-restarts"),
+        (["run", "-n", "2", "--max-restarts", "few", "SCRIPT"], 2, "'few' is not a whole number"),
         (["run", "-n", "1", "--join", "nowhere", "--key-file", "k", "SCRIPT"], 2, "HOST:PORT"),
         (["run", "-n", "1", "--join", "127.0.0.1:1", "SCRIPT"], 2, "go together"),
         (["run", "-n", "1", "--key-file", "k", "SCRIPT"], 2, "go together"),
@@ -267,6 +276,21 @@ def unreadable_key(directory: Path) -> Path:
         (["run", "-n", "1", "--log-dir", "SCRIPT/logs", "SCRIPT"], 1, "log directory"),
         (["run", "-n", "1", "--events", "absent/events", "SCRIPT"], 1, "absent/events"),
         (["coordinator", "--bind", "127.0.0.1:0"], 2, "--key-file"),
+        (
+            [
+                "coordinator",
+                "--bind",
+                "127.0.0.1:0",
+                "--key-file",
+                "absent/k",
+                "-n",
+                "1",
+                "--min-workers",
+                "2",
+            ],
+            2,
+            "--min-workers 2 is above -n 1",
+        ),
         (["coordinator", "--bind", "127.0.0.1:0", "--key-file", "OPEN"], 1, "chmod 600"),
         (["coordinator", "--bind", "127.0.0.1:0", "--key-file", "absent/k"], 1, "absent/k"),
     ],
@@ -300,6 +324,10 @@ def test_version_and_help() -> None:
     assert run("--version").out.startswith("ringps ")
     done = run("run", "--help")
     assert done.code == 0 and "--log-dir" in done.out
+    meaning = "a fixed ring: the first loss ends the job"
+    for command in ("run", "coordinator"):
+        text = " ".join(run(command, "--help").out.split())
+        assert "--min-workers M" in text and meaning in text
 
 
 def test_the_launcher_does_not_load_torch() -> None:

@@ -75,7 +75,7 @@ except ringps.PeerLostError as error:
 
 def test_a_worker_killed_while_neighbours_wait_for_it_is_named_by_all(tmp_path: Path) -> None:
     """It listened, so the ring was formed, and dies before it has met anybody on its host."""
-    done = run("run", "-n", "3", script(tmp_path, DIES))
+    done = run("run", "-n", "3", "--min-workers", "3", script(tmp_path, DIES))
     assert done.code == 137
     died_s = next(float(line.split()[2]) for line in done.out.splitlines() if " dies " in line)
     told = [line for line in done.out.splitlines() if " told " in line]

@@ -99,7 +99,7 @@ def test_a_worker_that_dies_on_one_machine_ends_both_launchers_and_is_named(tmp_
     assert named in ended.last
 
 
-def test_a_machine_that_is_lost_ends_the_job_on_the_others(
+def test_a_machine_that_is_lost_ends_a_fixed_ring_on_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its launcher is killed, so its guard kills the workers, and nobody is left to say so."""
@@ -107,7 +107,7 @@ def test_a_machine_that_is_lost_ends_the_job_on_the_others(
     monkeypatch.setenv("RINGPS_SHUTDOWN_TIMEOUT_S", "1")
     key, events, program = tmp_path / "job.key", tmp_path / "events", script(tmp_path, MEMBER)
     with (
-        coordinator(key, "-n", "2", "--events", events) as (service, address),
+        coordinator(key, "-n", "2", "--min-workers", "2", "--events", events) as (service, address),
         machine(2, address, key, "-n", "1", program) as a,
         machine(3, address, key, "-n", "1", program) as b,
     ):

@@ -6,7 +6,7 @@ import pytest
 
 from ringps import worker_env
 from ringps_launcher.job import Job
-from ringps_launcher.plan import Placement, seats
+from ringps_launcher.plan import Placement, replacement, seats
 
 
 def job(**changes: Any) -> Job:
@@ -41,6 +41,9 @@ def test_command_of_a_script_and_of_a_module() -> None:
         ({"grace_s": -1.0}, "--grace"),
         ({"grace_s": float("nan")}, "--grace"),
         ({"program": ""}, "script"),
+        ({"min_workers": 0}, "--min-workers"),
+        ({"min_workers": 3}, "--min-workers must be from 1 to the 2 of -n, not 3"),
+        ({"max_restarts": -1}, "--max-restarts"),
     ],
 )
 def test_a_job_that_makes_no_sense_is_refused(changes: dict[str, Any], complaint: str) -> None:
@@ -82,6 +85,15 @@ def test_torchrun_variables() -> None:
         "MASTER_PORT": "29400",
     }.items() <= environ.items()
     assert "TORCHELASTIC_USE_AGENT_STORE" not in environ
+
+
+def test_a_replacement_has_the_seat_and_is_told_its_number() -> None:
+    first = seats(job(max_restarts=7), placement(), environ={"HOME": "/home/me"}, cores=8)[1]
+    assert (first.restart, first.environ["TORCHELASTIC_RESTART_COUNT"]) == (0, "0")
+    assert first.environ["TORCHELASTIC_MAX_RESTARTS"] == "7"
+    second = replacement(first, 2)
+    assert (second.worker_id, second.rank, second.local_rank, second.restart) == (4, 4, 1, 2)
+    assert second.environ == {**first.environ, "TORCHELASTIC_RESTART_COUNT": "2"}
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(8, "4"), (2, "1"), (1, "1")])

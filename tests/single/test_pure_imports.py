@@ -39,7 +39,11 @@ DATA_TOOLS = {
 }  # fmt: skip
 VALUES = {"ringps.errors", "ringps.config", "ringps.worker_env"}
 """Not PURE modules, but what is taken from them are exceptions, settings and other plain values."""
-EXCEPTIONS = {"ringps.wire.control": {"msgpack"}, "ringps_launcher.restart": {"signal"}}
+EXCEPTIONS = {
+    "ringps.wire.control": {"msgpack"},
+    "ringps_launcher.outcome": {"signal"},
+    "ringps_launcher.restart": {"signal"},
+}
 """An encoder of bytes, and the numbers and names of signals."""
 IO_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
 

@@ -9,23 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringps.config import Timeouts
 from ringps.membership.causes import RootCause
 from ringps.membership.detector import SilenceDetector
 from ringps.membership.events import (
-    Action,
-    Beaten,
-    Emit,
-    Finish,
-    QuorumSettings,
-    Received,
-    Refuse,
-    Send,
     Tick,
 )
 from ringps.membership.inquiry import MAX_OPEN, Inquiries
 from ringps.membership.plan import JobPlan
-from ringps.membership.quorum import Quorum
 from ringps.wire.control import (
     AllLeft,
     Ask,
@@ -36,7 +26,6 @@ from ringps.wire.control import (
     Dispute,
     Failing,
     Form,
-    Hello,
     Inquire,
     JobDone,
     JobFailed,
@@ -52,137 +41,15 @@ from ringps.wire.control import (
     Waiting,
     Welcome,
     WorkerExited,
-    encode,
 )
-
-TICK_S = 0.1
-TIMEOUTS = Timeouts(heartbeat_timeout_s=3.0, inquiry_timeout_s=2.0, shutdown_timeout_s=5.0)
-
-
-def session_of(peer: str) -> str:
-    """The session of the process behind a peer."""
-    return peer.encode().hex().rjust(32, "0")
-
-
-class Job:
-    """A quorum and everybody who talks to it. Peer ids are `w0`, `w1`... and `l0`, `l1`..."""
-
-    def __init__(self, world_size: int | None = 3, *, settle_s: float = 1.0) -> None:
-        self.now_s = 100.0
-        self.sent: list[tuple[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
-        self.refused: list[str] = []
-        self.finished: list[str] = []
-        self.counts: dict[int, int] = {}
-        self.beating: set[int] = set()
-        self.quorum = Quorum(
-            QuorumSettings(
-                world_size=world_size,
-                settle_s=settle_s,
-                encrypt_data=False,
-                heartbeat_port=4242,
-                timeouts=TIMEOUTS,
-            ),
-            lambda: ("p" * 40, "s" * 40),
-        )
-
-    def say(self, peer: str, message: Any) -> None:
-        self._take(self.quorum.handle(Received(peer.encode(), message), self.now_s))
-
-    def beat(self, worker_id: int, *, step: int = 0, generation: int = 0, peer: str | None = None) -> None:
-        self.counts[worker_id] = self.counts.get(worker_id, 0) + 1
-        beat = Beat(
-            worker_id=worker_id,
-            session=session_of(peer or f"w{worker_id}"),
-            generation=generation,
-            step=step,
-            count=self.counts[worker_id],
-        )
-        self.beat_again(beat)
-
-    def beat_again(self, beat: Beat) -> None:
-        self._take(self.quorum.handle(Beaten(beat), self.now_s))
-
-    def sleep(self, duration_s: float) -> None:
-        """Time goes by in ticks, in which those in `beating` beat."""
-        for _ in range(round(duration_s / TICK_S)):
-            self.now_s += TICK_S
-            for worker_id in sorted(self.beating):
-                self.beat(worker_id, generation=self.quorum.generation)
-            self._take(self.quorum.handle(Tick(), self.now_s))
-
-    def _take(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send(peer, message):
-                    encode(message)
-                    self.sent.append((peer.decode(), message))
-                case Emit(event, _):
-                    self.events.append(event)
-                case Refuse(reason):
-                    self.refused.append(reason)
-                case Finish(reason):
-                    self.finished.append(reason)
-
-    def heard(self, peer: str, kind: type) -> list[Any]:
-        """What a peer was told, of one kind."""
-        return [message for to, message in self.sent if to == peer and isinstance(message, kind)]
-
-    def told(self, kind: type) -> list[str]:
-        """Who was told something of this kind, in order."""
-        return [to for to, message in self.sent if isinstance(message, kind)]
-
-    def hello(self, worker_id: int, *, host: str = "node-a", peer: str | None = None) -> None:
-        peer = peer or f"w{worker_id}"
-        message = Hello(
-            worker_id=worker_id, host=host, pid=1000 + worker_id, generation=0, session=session_of(peer)
-        )
-        self.say(peer, message)
-        self.beating.add(worker_id)
-
-    def launch(
-        self, index: int, slots: int, *, host: str | None = None, encrypt: bool = False, peer: str = ""
-    ) -> None:
-        message = LauncherHello(
-            host=host or f"node-{index}",
-            address=f"10.0.0.{index}",
-            slots=slots,
-            master_port=29500 + index,
-            encrypt_data=encrypt,
-            session=session_of(f"l{index}"),
-        )
-        self.say(peer or f"l{index}", message)
-
-    def bind(self, worker_id: int) -> None:
-        self.say(f"w{worker_id}", Bound(generation=1, address=f"tcp://10.0.0.{worker_id}:1"))
-
-    def exit(self, worker_id: int, code: int, *, launcher: int = 0) -> None:
-        reason = (
-            f"process exited with code {code}" if code < 128 else f"process killed by signal {code - 128}"
-        )
-        self.say(f"l{launcher}", WorkerExited(worker_id=worker_id, code=code, reason=reason))
-
-
-def formed(world_size: int = 3, *, launcher: bool = False) -> Job:
-    """A job whose ring has formed, with what was said until then forgotten."""
-    job = Job(world_size)
-    if launcher:
-        job.launch(0, world_size, host="node-a")
-    for worker_id in range(world_size):
-        job.hello(worker_id)
-    for worker_id in range(world_size):
-        job.bind(worker_id)
-    assert job.told(Form) == [f"w{worker_id}" for worker_id in range(world_size)]
-    assert not job.refused
-    job.sent.clear()
-    return job
+from tests.quorum_job import TICK_S, Job, formed, hello_of, session_of
 
 
 class TestForming:
     def test_takes_two_phases(self) -> None:
         job = Job(2)
         job.hello(1)
-        assert job.heard("w1", Welcome) == [Welcome(heartbeat_port=4242)]
+        assert job.heard("w1", Welcome) == [Welcome(heartbeat_port=4242, elastic=False, running=0)]
         assert not job.told(Prepare)
         job.hello(0)
         assert sorted(job.told(Prepare)) == ["w0", "w1"]
@@ -288,7 +155,7 @@ class TestForming:
             Dispute(generation=0, sequence=0),
             CallReport(generation=0, sequence=0, call=""),
             Leaving(generation=0, completed=0),
-            WorkerExited(worker_id=0, code=0, reason=""),
+            WorkerExited(worker_id=0, pid=1000, code=0, reason=""),
         ):
             job.say("w0", message)
         assert job.refused == ["message out of turn"] * 5
@@ -301,7 +168,7 @@ class TestForming:
                 Leaving(generation=1, completed=0),
                 Dispute(generation=1, sequence=0),
                 Failing(reason="", blames=None),
-                WorkerExited(worker_id=0, code=1, reason=""),
+                WorkerExited(worker_id=0, pid=1000, code=1, reason=""),
                 LauncherLeaving(),
                 Ask(),
             ):
@@ -318,7 +185,7 @@ class TestComingBack:
         job = formed()
         job.say("w2", Leaving(generation=1, completed=5))
         job.sent.clear()
-        hello = Hello(worker_id=1, host="node-a", pid=1001, generation=0, session=session_of("w1"))
+        hello = hello_of(1, "w1")
         job.say("new", hello)
         assert [type(message) for _, message in job.sent] == [Welcome, Prepare, Form, Left]
         assert {to for to, _ in job.sent} == {"new"}
@@ -332,14 +199,14 @@ class TestComingBack:
         job = formed(launcher=True)
         job.exit(2, 137)
         job.sent.clear()
-        job.say("new", Hello(worker_id=1, host="node-a", pid=1001, generation=0, session=session_of("w1")))
+        job.say("new", hello_of(1, "w1"))
         assert job.heard("new", Lost)[0].worker_id == 2
 
     def test_a_worker_that_missed_the_end_hears_of_it(self) -> None:
         job = formed(1)
         job.say("w0", Leaving(generation=1, completed=5))
         job.sent.clear()
-        job.say("new", Hello(worker_id=0, host="node-a", pid=1001, generation=0, session=session_of("w0")))
+        job.say("new", hello_of(0, "w0", pid=1001))
         assert job.told(AllLeft) == ["new"]
 
     def test_a_launcher_is_told_again_what_concerns_it(self) -> None:
@@ -356,7 +223,7 @@ class TestComingBack:
     def test_a_session_belongs_to_one_worker(self) -> None:
         job = Job(3)
         job.hello(0)
-        job.say("x", Hello(worker_id=1, host="node-a", pid=1, generation=0, session=session_of("w0")))
+        job.say("x", hello_of(1, "w0"))
         assert job.refused == ["session taken"]
 
 
@@ -513,7 +380,7 @@ class TestHeartbeats:
             job.now_s += TICK_S
             for worker_id in range(3):
                 job.beat(worker_id, step=step, generation=1)
-            job._take(job.quorum.handle(Tick(), job.now_s))
+            job.take(job.quorum.handle(Tick(), job.now_s))
         steps = [event for event in job.events if event["event"] == "step_committed"]
         assert [event["step"] for event in steps] == pytest.approx([1, 11, 21, 31], abs=3)
         assert all(event["generation"] == 1 for event in steps)
@@ -820,6 +687,8 @@ class TestPlan:
                 slots=1,
                 master_port=1,
                 encrypt_data=False,
+                first_worker_id=None,
+                world_size=None,
                 session=session_of(str(number)),
             )
             answers.append(plan.offer(hello, 0.0))
@@ -843,11 +712,9 @@ PEERS = ("w0", "w1", "w2", "l0", "l1", "x")
 def _words() -> Iterable[Message]:
     for worker_id in range(4):
         for session in (session_of(f"w{worker_id}"), session_of("x")):
-            yield Hello(
-                worker_id=worker_id, host=f"node-{worker_id % 2}", pid=1, generation=0, session=session
-            )
+            yield hello_of(worker_id, "", host=f"node-{worker_id % 2}", pid=1, session=session)
         for code in (0, 1, 137):
-            yield WorkerExited(worker_id=worker_id, code=code, reason=f"exit {code}")
+            yield WorkerExited(worker_id=worker_id, pid=1, code=code, reason=f"exit {code}")
         yield Failing(reason="blames", blames=worker_id)
     for generation in range(3):
         yield Bound(generation=generation, address="tcp://a")
@@ -861,6 +728,8 @@ def _words() -> Iterable[Message]:
             slots=slots,
             master_port=1,
             encrypt_data=False,
+            first_worker_id=None,
+            world_size=None,
             session=session_of(f"l{slots % 2}"),
         )
     yield Failing(reason="own fault", blames=None)
@@ -889,7 +758,7 @@ def _play(job: Job, step: Any) -> None:
     match step:
         case float():
             job.now_s += step
-            job._take(job.quorum.handle(Tick(), job.now_s))
+            job.take(job.quorum.handle(Tick(), job.now_s))
         case "hello":
             for worker_id in range(3):
                 job.hello(worker_id)
@@ -920,15 +789,14 @@ def test_whatever_is_said_in_whatever_order(world_size: int | None, steps: list[
     assert len({message for _, message in job.sent if isinstance(message, Lost)}) <= 1
     assert not (job.told(JobDone) and job.told(JobFailed))
     assert len(job.finished) <= 1
-    assert len(list(job.quorum._roster.greeted())) <= 3
+    assert len(list(job.quorum._state.roster.greeted())) <= 3
     assert job.quorum.launchers <= 3
     for peer in PEERS:
-        forms = job.heard(peer, Form)
+        forms = set(job.heard(peer, Form))  # whoever comes back is told again
         assert len(forms) <= 1
         assert all(len(form.addresses) == len(job.heard(peer, Prepare)[0].members) for form in forms)
     if job.told(Form):
         # Nobody was lost before, everybody had bound, and everybody was told.
-        prepared = job.told(Prepare)
-        assert job.told(Form) == prepared and len(set(prepared)) == len(prepared)
+        assert set(job.told(Form)) == set(job.told(Prepare))
         first_form = next(place for place, (_, said) in enumerate(job.sent) if isinstance(said, Form))
         assert not any(isinstance(said, Lost) for _, said in job.sent[:first_form])

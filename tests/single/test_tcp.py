@@ -311,8 +311,8 @@ def test_a_link_that_is_limited_by_flow_gets_several_sockets(
 ) -> None:
     """As in clouds; here each socket is paced to 10 MB/s."""
 
-    def paced(connection: socket.socket, buffer_bytes: int) -> None:
-        prepare(connection, buffer_bytes)
+    def paced(connection: socket.socket, buffer_bytes: int, silent_link_s: int) -> None:
+        prepare(connection, buffer_bytes, silent_link_s)
         connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 10_000_000)
 
     prepare = tcp_greeting.prepare

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from ringps.collectives.shm.memory import PAGE_BYTES, Heap, Segment
+from ringps.collectives.shm.memory import PAGE_BYTES, Area
 from ringps.collectives.shm.signals import Peer, Signals
 from ringps.collectives.shm.sources import Part, Source
 from ringps.config import MOST_DOUBLING_BYTES
@@ -60,6 +60,11 @@ the output or 0."""
 _NOTHING, _SHARED, _STAGED = range(3)
 
 
+def forget_phases(area: Area) -> None:
+    """Make an area's header that of a group that has not begun, before peers of the next one see it."""
+    area.segment.bytes[:PAGE_BYTES] = 0
+
+
 class Disagreement(Exception):
     """A peer called something else. Not for users: the backend finds out who called what."""
 
@@ -67,10 +72,10 @@ class Disagreement(Exception):
 class LocalGroup:
     """The members on one host. Used by one thread at a time."""
 
-    def __init__(self, segment: Segment, peers: Sequence[Peer], local: int, *, small_bytes: int) -> None:
+    def __init__(self, area: Area, peers: Sequence[Peer], local: int, *, small_bytes: int) -> None:
         """
         Args:
-            segment: this rank's.
+            area: this rank's; it outlives the group.
             peers: the others, connected.
             local: this rank's position among all.
             small_bytes: largest input that every rank reduces by itself; at most `SLOT_BYTES`.
@@ -81,11 +86,12 @@ class LocalGroup:
         self._piece_bytes = min(piece_bytes, MOST_PIECE_BYTES)
         """What a rank reduces between two phases."""
         self.local = local
-        self.segment = segment
+        self._area = area
+        self.segment = area.segment
         self.peers = peers
-        self._words = memoryview(segment.memory).cast("Q")
+        self._words = memoryview(area.segment.memory).cast("Q")
         self.signals = Signals(self._words, peers)
-        self._heap = Heap(segment, HEAP_START)
+        self._heap = area.heap
         self._by_local = {peer.local: peer for peer in peers}
         # In the order in which this rank's slice is combined.
         self._order = [(local + 1 + hop) % self.size for hop in range(self.size)]
@@ -436,8 +442,7 @@ class LocalGroup:
         return _SLOTS + self._slot * SLOT_BYTES
 
     def close(self) -> None:
-        """Close all but the memory, which tensors may still use."""
+        """Close all but this rank's area."""
         self.signals.close()
         for peer in self.peers:
             peer.close()
-        self.segment.close()

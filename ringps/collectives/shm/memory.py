@@ -106,6 +106,36 @@ class Segment:
         )
 
 
+class Area:
+    """This process's part of the shared memory: a segment, and the heap behind its first `start` bytes.
+
+    It outlives generations, so that tensors in it can be reduced from without a copy in the next one too.
+    """
+
+    def __init__(self, size_bytes: int, start: int) -> None:
+        """
+        Args:
+            size_bytes: address space.
+            start: what comes before the heap; its pages are reserved.
+
+        Raises:
+            SetupError: the system gives no shared memory.
+            MemoryError: there is no room for the first pages.
+        """
+        self.segment = Segment.create(size_bytes)
+        try:
+            self.segment.reserve(0, start)
+        except BaseException:
+            self.segment.close()
+            raise
+        self.heap = Heap(self.segment, start)
+        self._closer = weakref.finalize(self, self.segment.close)
+
+    def close(self) -> None:
+        """Close the file, as also happens when nobody refers to it any more. Memory in use stays."""
+        self._closer()
+
+
 class Heap:
     """Hands out parts of a segment as tensors; one that nobody refers to any more is free. Thread-safe."""
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ringps import probe
 from ringps.collectives.shm.memory import Segment
 
 _SPIN_S = 100e-6
@@ -93,6 +94,8 @@ class Signals:
 
     def post(self) -> None:
         """This rank's part of the phase is there for all to see."""
+        if probe.listener is not None:
+            probe.reached("phase", connections=[peer.connection for peer in self._peers])
         self._phase += 1
         self._words[0] = self._phase
         for peer in self._peers:

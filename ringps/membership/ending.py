@@ -1,0 +1,121 @@
+"""PURE: how a job ends: all have left, all were asked to leave, or a failure that it cannot survive."""
+
+from __future__ import annotations
+
+from ringps.membership.causes import RootCause
+from ringps.membership.roster import JOINERS, Phase, Worker
+from ringps.membership.state import JobState
+from ringps.wire.control import AllLeft, JobDone, JobFailed, Lost, clip, clip_line
+from ringps.wire.rules import MAX_CALL_BYTES
+
+STOPPED_CODE = 143
+"""As a shell gives it for a process that SIGTERM ended."""
+
+
+class Ending:
+    """Decides when the job is over and with what verdict, and sees that all hear of it."""
+
+    def __init__(self, state: JobState) -> None:
+        self._state = state
+        self._causes = RootCause(state.settings.timeouts.heartbeat_timeout_s)
+        self._patient_until_s = float("inf")
+        self._finished = False
+        self.verdict: JobFailed | JobDone | None = None
+        """What the launchers are told in the end."""
+
+    def blame(
+        self, worker: Worker, reason: str, now_s: float, *, code: int | None, blames: int | None = None
+    ) -> None:
+        """A failure that the job does not survive, or more about one: the root cause is looked for."""
+        self._causes.note(worker.worker_id, reason, now_s, code=code, blames=blames)
+
+    def lose(self, worker: Worker, reason: str) -> None:
+        """The ring ends with this worker. Only the first is announced: the others follow from it."""
+        state, ring = self._state, self._state.ring
+        if worker.phase is not Phase.GONE:
+            state.detector.forget(worker.worker_id)
+        worker.phase = Phase.GONE
+        if worker.rank is not None and worker in ring.members:
+            state.inquiries.know(worker.rank, clip_line(f"lost: {reason}", MAX_CALL_BYTES))
+        if ring.lost is not None:
+            return
+        lost = ring.lost = Lost(
+            generation=ring.number,
+            rank=state.rank(worker),
+            worker_id=worker.worker_id,
+            host=state.host(worker),
+            reason=clip(reason),
+        )
+        concerned = list(state.roster.greeted())
+        for other in concerned:
+            state.out.tell(other, lost)
+        if concerned:
+            state.emit_end("worker_lost", worker, lost.reason)
+
+    def all_left(self, now_s: float) -> None:
+        """No member is left that trains: whoever waits for the end, or to join, may go."""
+        state = self._state
+        if state.ended:
+            return
+        state.ended = True
+        self._patient_until_s = now_s + state.settings.timeouts.shutdown_timeout_s
+        state.tell_step(now_s, at_once=True)
+        others = [worker for worker in state.roster.everybody() if worker not in state.ring.members]
+        waiting = [
+            worker
+            for worker in (*state.ring.members, *others)
+            if worker.phase in JOINERS or (worker.phase is Phase.LEFT and not worker.departed)
+        ]
+        state.out.tell_all(waiting, AllLeft(generation=state.ring.number))
+
+    def stopped(self, worker: Worker, now_s: float) -> None:
+        """All members were asked to leave; this one was the last."""
+        self.all_left(now_s)
+        self.blame(worker, "every worker was asked to leave (SIGTERM)", now_s, code=STOPPED_CODE)
+
+    def advance(self, now_s: float) -> None:
+        """What follows from the state as it now is."""
+        state = self._state
+        root = self._causes.decide(now_s)
+        if root is not None:
+            worker = state.roster[root.worker_id]
+            state.tell_step(now_s, at_once=True)
+            self.verdict = JobFailed(
+                worker_id=root.worker_id,
+                rank=state.rank(worker),
+                host=state.host(worker),
+                code=root.code or 1,
+                reason=clip(root.reason),
+            )
+            state.out.send_all(state.plan.launchers, self.verdict)
+            self._patient_until_s = now_s + state.settings.timeouts.shutdown_timeout_s
+        all_exited = state.plan.complete and self._all_exited(now_s)
+        if self._causes.decided:
+            if all_exited or not state.launchers or now_s >= self._patient_until_s:
+                self._finish("a worker failed")
+        elif self._causes.failed:
+            pass  # which one was the root cause is about to be decided
+        elif all_exited and not self._finished:
+            state.tell_step(now_s, at_once=True)
+            self.verdict = JobDone()
+            state.out.send_all(state.plan.launchers, self.verdict)
+            self._finish("all workers have exited")
+        elif state.ended and not state.launchers:
+            self._finish("all workers have left")
+
+    def _all_exited(self, now_s: float) -> bool:
+        roster = self._state.roster
+        if not self._state.survives:
+            return roster.exited() == self._state.plan.world_size
+        if not self._state.ended:
+            return False
+        running = [worker for worker in roster.everybody() if worker.session and worker.exited is None]
+        if now_s >= self._patient_until_s:
+            # Of those lost or told to go on the way, an exit that was not seen by now never will be.
+            running = [worker for worker in running if worker.phase is Phase.LEFT and not worker.departed]
+        return not running
+
+    def _finish(self, reason: str) -> None:
+        if not self._finished:
+            self._finished = True
+            self._state.out.finish(reason)

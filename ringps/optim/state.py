@@ -1,0 +1,291 @@
+"""`TrainState`: all that makes up a training run, and the loop that lets members come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from ringps import probe
+from ringps.checkpoint.tree import State, flatten, unflatten
+from ringps.collectives import Change, ElasticCommunicator, current
+from ringps.data import ElasticBatchSampler
+from ringps.errors import LayoutMismatchError, PeerLostError, RingChangedError
+from ringps.kernels.digest import digest
+from ringps.membership import JobOver
+from ringps.optim.admission import Admission, current_admission
+from ringps.optim.replicate import replicate
+from ringps.optim.wrapper import DistributedOptimizer
+
+_LEFT_CODE = 128 + signal.SIGTERM
+
+
+class Stateful(Protocol):
+    """What a scheduler, a scaler and others have in common."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class TrainState:
+    """All that makes up a training run: what a worker that joins gets from its peers.
+
+    ::
+
+        state = ringps.TrainState(model=model, optimizer=opt, sampler=sampler, scheduler=sched)
+        for step, (inputs, targets) in state.steps(loader, until=10_000):
+            loss = loss_fn(model(inputs), targets)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            sched.step()
+
+    The parts are the script's own; this object refers to them. Everything that the next step depends on must
+    be among them, and be the same on every rank between two steps, but for the model's buffers: a joining
+    worker gets rank 0's. It gets all of it from all members at once, checked by hash, and so never reads what
+    a script would load.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        optimizer: DistributedOptimizer,
+        sampler: ElasticBatchSampler | None = None,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+        **others: Stateful,
+    ) -> None:
+        """
+        Args:
+            model: the module that is trained.
+            optimizer: its wrapped optimizer.
+            sampler: yields the loader's batches.
+            scheduler: a learning-rate scheduler.
+            scaler: a gradient scaler.
+            others: anything else with `state_dict()` and `load_state_dict()`, of plain values and tensors.
+
+        Raises:
+            ValueError: a part has the wrong kind.
+        """
+        if not isinstance(optimizer, DistributedOptimizer):
+            raise ValueError("optimizer must be a ringps.DistributedOptimizer; wrap yours first")
+        parts = {"scheduler": scheduler, "scaler": scaler, **others}
+        self._model = model
+        self._optimizer = optimizer
+        self._sampler = sampler
+        self._parts: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
+        for name, part in self._parts.items():
+            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+                raise ValueError(f"{name} has no state_dict() and load_state_dict()")
+        self._step = 0
+
+    @property
+    def step(self) -> int:
+        """Steps that have been applied."""
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, of plain values and tensors; the tensors are live."""
+        state: dict[str, Any] = {
+            "step": self._step,
+            "model": dict(self._model.state_dict()),
+            "optimizer": self._optimizer.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts.items()},
+        }
+        if self._sampler is not None:
+            state["sampler"] = self._sampler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, alike on all ranks.
+
+        Raises:
+            KeyError: a part is missing.
+        """
+        self._load(state, joining=False)
+
+    def steps(self, loader: Iterable[Any], until: int) -> Iterator[tuple[int, Any]]:
+        """Yield (step, batch) until `until` steps have been applied, through as many epochs as it takes.
+
+        Steps count from 1, and go on after `step`. Between two steps members may come and go: workers that
+        start late get the members' state here, and one that gets SIGTERM finishes its step and leaves. When
+        the ring changes, what the loader has read ahead is read anew, for the ranks as they are then.
+
+        Args:
+            loader: iterated over again and again; with the sampler as its `batch_sampler`.
+            until: the last step.
+
+        Raises:
+            ValueError: the loader yields nothing.
+            LayoutMismatchError: in a joining worker: its model or optimizer is not the members'.
+            RingpsError: what collectives raise.
+        """
+        ring = current()
+        admission = current_admission()
+        with self._terminable(admission):
+            if isinstance(ring, ElasticCommunicator) and admission is not None:
+                self._begin(ring, admission)
+            while self._step < until:
+                generation, yielded = ring.generation.number, False
+                for batch in loader:
+                    yielded = True
+                    yield self._step + 1, batch
+                    self._step += 1
+                    if isinstance(ring, ElasticCommunicator) and admission is not None:
+                        self._between(ring, admission)
+                    stale = self._sampler is not None and self._sampler.stale
+                    if self._step >= until or stale or ring.generation.number != generation:
+                        break
+                if not yielded:
+                    raise ValueError("the loader yields no batch")
+
+    # Coming and going.
+
+    @contextlib.contextmanager
+    def _terminable(self, admission: Admission | None) -> Iterator[None]:
+        """While a loop runs that can leave in order, SIGTERM asks it to."""
+        ours = admission is not None and threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield
+            return
+        assert admission is not None
+        leave = admission.ask_to_leave
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            leave()
+
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _begin(self, ring: ElasticCommunicator, admission: Admission) -> None:
+        if self._sampler is not None:
+            self._sampler.redraws = True
+        if ring.joining:
+            self._join(ring, admission)
+        admission.admit()
+
+    def _between(self, ring: ElasticCommunicator, admission: Admission) -> None:
+        if probe.listener is not None:
+            probe.reached("boundary", step=self._step)
+        change = ring.take_change()
+        if change is None:
+            return
+        if change.leavers:
+            with contextlib.suppress(PeerLostError, RingChangedError):
+                ring.raw.barrier()  # all have committed, and need not find out whether others did
+            if ring.rank in change.leavers:
+                self._leave(ring, admission)
+            ring.reform(RingChangedError("members leave"))
+            if ring.settle() and self._sampler is not None:
+                self._sampler.divide(ring.rank, ring.world_size)
+        elif change.joiners and self._offer(ring, admission, change):
+            ring.reform(RingChangedError("workers join"))
+            ring.settle()
+
+    def _leave(self, ring: ElasticCommunicator, admission: Admission) -> None:
+        who = ring.generation.describe(ring.rank)
+        admission.depart(self._step)
+        print(f"ringps: {who} leaves after step {self._step}, as asked (SIGTERM)", file=sys.stderr)
+        raise SystemExit(_LEFT_CODE)
+
+    def _offer(self, ring: ElasticCommunicator, admission: Admission, change: Change) -> bool:
+        """Let joining workers fetch the state, which stays as it is until the next step has committed."""
+        state = self._for_joiners(ring)
+        if probe.listener is not None:
+            probe.reached("offer", step=self._step)
+        if not admission.offer(self._step, change.joiners, state):
+            return False
+        self._optimizer.at_next_commit(admission.withdraw)
+        return True
+
+    def _for_joiners(self, ring: ElasticCommunicator) -> State:
+        """The state, with rank 0's buffers in the place of this rank's own, and what else a member needs."""
+        persistent = self._model.state_dict()
+        own = {name: buffer for name, buffer in self._model.named_buffers() if name in persistent}
+        buffers: dict[str, torch.Tensor] = {}
+
+        def attempt(before: int) -> bytes:
+            buffers.update({name: buffer.detach().clone() for name, buffer in own.items()})
+            replicate(ring.raw, list(buffers.values()))
+            return digest(*buffers.values())
+
+        if own:
+            ring.transact(attempt)
+        state = self.state_dict()
+        state["model"] = {**state["model"], **buffers}
+        state["member"] = {
+            "layout": [list(entry) for entry in self._optimizer.layout()],
+            "progress": self._optimizer.progress(),
+            "parts": sorted(self._parts),
+        }
+        return flatten(state)
+
+    # As a joining worker.
+
+    def _join(self, ring: ElasticCommunicator, admission: Admission) -> None:
+        """Become a member, and get the others' state while they are about their next step.
+
+        In that step this rank has no samples. It votes when it has the state, and not before; so nobody
+        changes the state while it is read.
+        """
+        try:
+            entrance = admission.join()
+        except JobOver:
+            print("ringps: the job ended before this worker could join it", file=sys.stderr)
+            raise SystemExit(0) from None
+        ring.enter(entrance.generation, entrance.backend)
+        fetched = entrance.fetch()
+        state = unflatten(fetched.skeleton, fetched.tensors)
+        self._compare(state["member"])
+        self._load(state, joining=True)
+        self._optimizer.go_on(state["member"]["progress"])
+        if probe.listener is not None:
+            probe.reached("fed", step=self._step)
+        ring.note(
+            "state_fetched",
+            step=self._step,
+            bytes=fetched.bytes_fetched,
+            seconds=round(fetched.seconds, 4),
+            servers_lost=len(fetched.lost),
+        )
+
+    def _compare(self, member: dict[str, Any]) -> None:
+        """
+        Raises:
+            LayoutMismatchError: this worker's model, optimizer or parts are not the members'.
+        """
+        theirs = dict(member["layout"])
+        ours = dict(self._optimizer.layout())
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            if theirs.get(name) != ours.get(name):
+                raise LayoutMismatchError(
+                    f'this worker differs from the ring that it joins at "{name}": the ring has '
+                    f"{theirs.get(name, 'nothing of that name')}, this worker "
+                    f"{ours.get(name, 'nothing of that name')}. Start the script that the ring runs, with "
+                    "the same arguments"
+                )
+        if member["parts"] != sorted(self._parts):
+            raise LayoutMismatchError(
+                f"this worker's TrainState has the parts {sorted(self._parts)}, and that of the ring that it "
+                f"joins has {member['parts']}"
+            )
+
+    def _load(self, state: dict[str, Any], *, joining: bool) -> None:
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state["sampler"], joining=joining)
+        self._step = state["step"]
