@@ -179,8 +179,8 @@ class Reducer:
         self._broken: PeerLostError | RingChangedError | None = None
         """Why the rest of the buckets waits for another generation."""
         self._attempt = 0
-        self._excluded: tuple[int, ...] = ()
-        """Ranks that contribute nothing, for their parameters were wrong."""
+        self._healed = self._blank = False
+        """The parameters of some ranks were wrong, so that these contribute nothing; this rank is one."""
         self._account: list[list[list[int]]] = []
         self._account_rank = 0
         self._begun_s = 0.0
@@ -289,11 +289,17 @@ class Reducer:
 
     def progress(self) -> dict[str, Any]:
         """What a new member needs to go on together with the others: plain values."""
-        return {"step": self._step, "order": self._order, "cap_bytes": self._cap_bytes}
+        return {
+            "step": self._step,
+            "passes": self._passes_in_step,
+            "order": self._order,
+            "cap_bytes": self._cap_bytes,
+        }
 
     def go_on(self, progress: dict[str, Any]) -> None:
         """Go on from the others' `progress`."""
-        self._step, self._order = int(progress["step"]), progress["order"]
+        self._step, self._passes_in_step = int(progress["step"]), int(progress["passes"])
+        self._order = progress["order"]
         self._cap_bytes = int(progress["cap_bytes"])
         self._buckets, self._tuner = None, None
 
@@ -386,7 +392,8 @@ class Reducer:
         self._missing = list(self._bucket_sizes)
         self._handed, self._closed = [], 0
         self._digests = [EMPTY] * len(self._buckets)
-        self._broken, self._attempt, self._excluded, self._account = None, 0, (), []
+        self._broken, self._attempt, self._account = None, 0, []
+        self._healed = self._blank = False
         if probe.listener is not None:
             probe.reached("step", step=self._step, attempt=0, parameters=self._parameters)
 
@@ -521,15 +528,17 @@ class Reducer:
                 continue
 
     def _gather_account(self) -> bytes:
-        """Learn what samples the ranks contributed to this attempt; returns it as bytes."""
-        if self._samples is None:
+        """Learn what the ranks contributed to this attempt; returns it as bytes."""
+        if self._samples is not None:
+            known = self._samples.entries(excluded=self._blank)
+            # A rank that had no backward knows of one batch only.
+            missing = max(1, self._settings.accumulate_steps) - len(known)
+            entries = torch.tensor([*known, *[self._samples.NO_ENTRY] * missing], dtype=torch.int64)
+        elif self._healed:
+            entries = torch.tensor([[0 if self._blank else 1]])
+        else:
             return EMPTY
         self._account_rank = self._ring.rank
-        excluded = self._ring.rank in self._excluded
-        known = self._samples.entries(excluded=excluded)
-        # A rank that had no backward knows of one batch only.
-        missing = max(1, self._settings.accumulate_steps) - len(known)
-        entries = torch.tensor([*known, *[self._samples.NO_ENTRY] * missing], dtype=torch.int64)
         everyones = torch.empty((self._ring.world_size, *entries.shape), dtype=torch.int64)
         self._ring.raw.all_gather(everyones, entries)
         self._account = everyones.tolist()
@@ -538,19 +547,17 @@ class Reducer:
     def _rescale(self) -> None:
         """Where ranks did not contribute, let the sum be the mean over those that did."""
         assert self._buckets is not None
-        if self._samples is not None and self._account:
-            wanted = self._samples.total_samples()
-            found = sum(int(entry[-1]) for entries in self._account for entry in entries)
-        else:
-            wanted, found = self._ring.world_size, self._ring.world_size - len(self._excluded)
+        if not self._account:
+            return
+        wanted = len(self._account) if self._samples is None else self._samples.total_samples()
+        found = sum(entry[-1] for entries in self._account for entry in entries)
         if found not in (0, wanted):
             for bucket in self._buckets:
                 bucket.output.mul_(wanted / found)
 
     def _ballot(self) -> Ballot:
-        first = self._passes_in_step == 1
         parameters = EMPTY
-        if self._listener is not None and first and not self._excluded:
+        if self._listener is not None and self._passes_in_step == 1:
             parameters = self._listener.parameters(self._step)
         return Ballot(step=self._step, parameters=parameters, busy_us=int(self._busy_s * 1e6), boundary=True)
 
@@ -558,8 +565,9 @@ class Reducer:
         """The parameters of `wrong` are not the others': repair them, and leave their gradients out."""
         assert self._listener is not None and self._buckets is not None
         self._listener.heal(right, wrong)
-        self._excluded = wrong
+        self._healed = True
         if self._ring.rank in wrong:
+            self._blank = True
             for bucket in self._buckets:
                 bucket.blank()
 

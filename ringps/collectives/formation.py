@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ringps.collectives.ring_backend import RingBackend
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm.executor import SharedMemory
 from ringps.collectives.shm.group import HEAP_START, Disagreement, LocalGroup, forget_phases
-from ringps.collectives.shm.links import LocalListener
+from ringps.collectives.shm.links import LocalListener, NotHere
 from ringps.collectives.shm.memory import Area
 from ringps.collectives.shm.signals import Peer
 from ringps.config import Config, TransportName
@@ -104,6 +105,7 @@ class Doors:
         """
         self._config = config
         self._area = area or SharedArea()
+        self._elastic = elastic
         self._explanation_s = 0.0 if elastic else EXPLANATION_S
         timeouts = config.timeouts
         self._limit_s = timeouts.reform_timeout_s if elastic else timeouts.connect_timeout_s
@@ -130,8 +132,11 @@ class Doors:
 
     @property
     def address(self) -> str:
-        """For the other members: what transport this worker was asked to use, and where it listens."""
-        return f"{self._asked} {self._tcp.address if self._tcp is not None else ''}"
+        """For the other members: the transport that this worker was asked to use, a word that stands for
+        its settings, and where it listens."""
+        settings = repr((self._config.exchange, self._config.recovery)).encode()
+        word = blake2b(settings, digest_size=4).hexdigest()
+        return f"{self._asked}/{word} {self._tcp.address if self._tcp is not None else ''}"
 
     def form(
         self, generation: Generation, referee: Referee, check: Callable[[], None] = lambda: None
@@ -148,7 +153,8 @@ class Doors:
             SetupError: the members want different transports, or one that cannot be had.
             PeerLostError: a member is gone.
         """
-        asked, addresses = zip(*(one.address.split(" ", 1) for one in generation.members), strict=True)
+        words, addresses = zip(*(one.address.split(" ", 1) for one in generation.members), strict=True)
+        asked = [word.partition("/")[0] for word in words]
         members = tuple(
             replace(member, address=address)
             for member, address in zip(generation.members, addresses, strict=True)
@@ -159,12 +165,21 @@ class Doors:
         choice = choose(asked, by_host)
         try:
             backend = self._build(choice, view, referee)
+        except NotHere as error:
+            self.close()
+            if not self._elastic:
+                self._await_explanation()
+                raise
+            member = view.members[error.rank]
+            raise PeerLostError(
+                rank=error.rank, worker_id=member.worker_id, host=member.host, reason=str(error)
+            ) from error
         except (PeerLostError, SetupError):
-            # A member that cannot be met may have died, and whoever saw it can say why.
-            given_up_s = time.monotonic() + self._explanation_s
-            while time.monotonic() < given_up_s:
-                check()
-                time.sleep(_LOOK_S)
+            self.close()
+            self._await_explanation()
+            raise
+        except BaseException:
+            self.close()
             raise
         count = len(by_host)
         summary = (
@@ -172,6 +187,13 @@ class Doors:
             f"transport {choice.way} ({choice.reason})"
         )
         return Formed(backend, summary)
+
+    def _await_explanation(self) -> None:
+        """A member that cannot be met may have died, and whoever saw it can say why."""
+        given_up_s = time.monotonic() + self._explanation_s
+        while time.monotonic() < given_up_s:
+            self._check()
+            time.sleep(_LOOK_S)
 
     def close(self) -> None:
         """Give up. Idempotent."""
@@ -194,9 +216,12 @@ class Doors:
             self.close()
             return SerialBackend(view, executor, docket)
         if choice.way == "hierarchical":
-            between = Hierarchical(
-                self._meet(view), lambda lane_referee: self._lane(view, lane_referee), view, docket
-            )
+            group = self._meet(view)
+            try:
+                between = Hierarchical(group, lambda referee: self._lane(view, referee), view, docket)
+            except BaseException:
+                group.close()
+                raise
             self.close()
             return SerialBackend(view, between, docket)
         backend = self._over_tcp(view, referee)

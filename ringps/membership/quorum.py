@@ -446,6 +446,8 @@ class Quorum:
             reason = "process exited with code 0 without joining the ring, for which others wait"
             self._fail(gone, reason, now_s, code=1)
         elif ring.bound:
+            if self._succession.turn_away(now_s):
+                return
             self._state.form()
             self._succession.formed()
         elif (

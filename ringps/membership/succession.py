@@ -142,8 +142,30 @@ class Succession:
 
     # What follows.
 
+    def turn_away(self, now_s: float) -> bool:
+        """Of a generation that could form: exclude joiners that were started with other settings than the
+        members; whether there are any. The members could not exchange data with them."""
+        members = [worker for worker in self._state.ring.members if worker.feed is None]
+        joiners = [worker for worker in self._state.ring.members if worker.feed is not None]
+        usual = {_settings(worker) for worker in members}
+        strange = [worker for worker in joiners if usual and _settings(worker) not in usual]
+        for worker in strange:
+            self.lose(
+                worker,
+                f"started with other settings than the ring ({_settings(worker)} instead of "
+                f"{', '.join(sorted(usual))}: --transport, and a word that stands for the RINGPS_* "
+                "variables of the exchange); start it with the same",
+                now_s,
+                code=1,
+            )
+            self.expel(worker)
+            self.remind(worker, now_s, at_once=True)
+        return bool(strange)
+
     def formed(self) -> None:
         """A generation has formed: some have joined with it."""
+        for worker in self._state.ring.members:
+            worker.feed = None
         for worker, (step, reason) in self._joined.items():
             if worker.phase is Phase.MEMBER:
                 self._state.emit_end("worker_joined", worker, reason, step=step)
@@ -318,6 +340,12 @@ class Succession:
             elif worker.vacant:
                 vacant[worker_id] = worker.end
         return vacant
+
+
+def _settings(worker: Worker) -> str:
+    """What a worker's address says of its settings."""
+    word, space, _ = worker.address.partition(" ")
+    return word if space else ""
 
 
 def _order(worker: Worker) -> Expel:

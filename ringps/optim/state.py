@@ -17,7 +17,6 @@ from ringps.checkpoint.tree import State, flatten, unflatten
 from ringps.collectives import Change, ElasticCommunicator, current
 from ringps.data import ElasticBatchSampler
 from ringps.errors import LayoutMismatchError, PeerLostError, RingChangedError
-from ringps.kernels.digest import digest
 from ringps.membership import JobOver
 from ringps.optim.admission import Admission, current_admission
 from ringps.optim.replicate import replicate
@@ -130,9 +129,9 @@ class TrainState:
         """
         ring = current()
         admission = current_admission()
+        if isinstance(ring, ElasticCommunicator) and admission is not None:
+            self._begin(ring, admission)
         with self._terminable(admission):
-            if isinstance(ring, ElasticCommunicator) and admission is not None:
-                self._begin(ring, admission)
             while self._step < until:
                 generation, yielded = ring.generation.number, False
                 for batch in loader:
@@ -201,7 +200,10 @@ class TrainState:
 
     def _offer(self, ring: ElasticCommunicator, admission: Admission, change: Change) -> bool:
         """Let joining workers fetch the state, which stays as it is until the next step has committed."""
-        state = self._for_joiners(ring)
+        try:
+            state = self._for_joiners(ring)
+        except (PeerLostError, RingChangedError):
+            return False  # the next operation finds out what has become of the ring
         if probe.listener is not None:
             probe.reached("offer", step=self._step)
         if not admission.offer(self._step, change.joiners, state):
@@ -212,16 +214,12 @@ class TrainState:
     def _for_joiners(self, ring: ElasticCommunicator) -> State:
         """The state, with rank 0's buffers in the place of this rank's own, and what else a member needs."""
         persistent = self._model.state_dict()
-        own = {name: buffer for name, buffer in self._model.named_buffers() if name in persistent}
-        buffers: dict[str, torch.Tensor] = {}
-
-        def attempt(before: int) -> bytes:
-            buffers.update({name: buffer.detach().clone() for name, buffer in own.items()})
-            replicate(ring.raw, list(buffers.values()))
-            return digest(*buffers.values())
-
-        if own:
-            ring.transact(attempt)
+        buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in self._model.named_buffers()
+            if name in persistent
+        }
+        replicate(ring.raw, list(buffers.values()))
         state = self.state_dict()
         state["model"] = {**state["model"], **buffers}
         state["member"] = {

@@ -681,6 +681,18 @@ class TestFeeding:
         assert job.members("j3") == [0, 1, 2, 3]
         assert job.heard("j2", Feed) == job.heard("j3", Feed)
 
+    def test_one_with_other_settings_is_turned_away_when_the_generation_could_form(self) -> None:
+        job = feeding()
+        for peer, address in (("w0", "auto/1 a"), ("w1", "auto/1 b"), ("j2", "auto/2 c")):
+            job.say(peer, Bound(generation=job.quorum.generation, address=address))
+        assert "auto/2 instead of auto/1" in job.heard("j2", Expelled)[0].reason
+        assert [(expel.worker_id, expel.pid) for expel in job.heard("l0", Expel)] == [(2, 2002)]
+        assert "worker_joined" not in [event["event"] for event in job.events]
+        job.sleep(0.1)
+        assert job.members("w0") == [0, 1]
+        job.bind_all("w0", "w1")
+        assert job.event("generation")["generation"] == job.quorum.generation
+
     def test_a_loss_while_it_fetches_is_one_of_any_generation(self) -> None:
         job = feeding()
         job.exit(1, 137)

@@ -34,6 +34,14 @@ _LOOK_S = 0.05
 """How long to wait for a member at a time, before looking whether it is still there."""
 
 
+class NotHere(SetupError):
+    """A member that claims to be on this host cannot be reached here."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class LocalListener:
     """This worker's Unix socket, before it is known who else is on this host."""
 
@@ -74,7 +82,7 @@ class LocalListener:
         Raises:
             RingpsError: what `check` raised.
             PeerLostError: one of them is gone, or did not answer.
-            SetupError: one that claims to be on this host cannot be reached here.
+            NotHere: one that claims to be on this host cannot be reached here.
         """
         peers: dict[int, Peer] = {}
         me = generation.rank
@@ -127,10 +135,11 @@ class LocalListener:
             _patiently(connection, lambda: connection.connect(name), deadline_s, check)
         except OSError as error:
             connection.close()
-            raise SetupError(
+            raise NotHere(
                 f"{generation.describe(rank)} has the same host name as this worker but cannot be reached "
                 f"through a Unix socket ({error.strerror}); give machines and network namespaces "
-                "different names (--host), or use --transport tcp"
+                "different names (--host), or use --transport tcp",
+                rank,
             ) from error
         return connection
 
