@@ -6,14 +6,8 @@ which all ranks launch the same reductions in the same order. Does not: how a re
 """
 
 from ringps.buckets.agreement import Entry, agree
-from ringps.buckets.reducer import (
-    BucketSettings,
-    CommitListener,
-    Reducer,
-    ReducerStatistics,
-    SampleBook,
-    describe,
-)
+from ringps.buckets.passes import CommitListener, SampleBook
+from ringps.buckets.reducer import BucketSettings, Reducer, ReducerStatistics, describe
 from ringps.buckets.ring import ReductionRing
 
 __all__ = [

@@ -3,9 +3,6 @@
 All ranks launch the same buckets in the same order, whatever order their gradients come in. A pass
 through all buckets happens at the end of a synchronised backward, overlapping it, or in `settle`
 for a rank that had none; so every rank has as many passes as any other.
-
-In an elastic ring a pass is committed by all ranks or by none. If a member is lost meanwhile, all buckets are
-reduced again among those that are left; the buckets' inputs are kept until the next pass.
 """
 
 from __future__ import annotations
@@ -14,25 +11,22 @@ import logging
 import operator
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from ringps import probe
 from ringps.buckets.agreement import Entry, agree
 from ringps.buckets.flat import FlatBucket, is_dense
 from ringps.buckets.hooks import GradientHooks
 from ringps.buckets.layout import ParameterSpec, plan
-from ringps.buckets.ring import PendingReduction, ReductionRing
+from ringps.buckets.passes import CommitListener, Pass, SampleBook, Terms
+from ringps.buckets.ring import ReductionRing
 from ringps.buckets.tuning import CapTuner
-from ringps.errors import PeerLostError, RingChangedError
-from ringps.kernels.digest import EMPTY, combine, digest
-from ringps.ring.commit import Ballot
+from ringps.kernels.digest import combine, digest
 
 _log = logging.getLogger(__name__)
 
@@ -90,39 +84,6 @@ class ReducerStatistics:
     """Time that backward passes (and `step()`) waited for reductions after their own work was done."""
 
 
-class SampleBook(Protocol):
-    """Which samples of a global batch each rank trained; how much its gradients count follows from that."""
-
-    NO_ENTRY: tuple[int, ...]
-    """Stands for a batch that a rank does not have."""
-
-    def next(self) -> float:
-        """This rank's weight in the sum for the backward that begins; the ranks' weights add up to 1."""
-
-    def entries(self, *, excluded: bool) -> list[tuple[int, ...]]:
-        """For each batch since the last pass: what `book` needs of this rank, as many numbers as `NO_ENTRY`
-        has. The last is the samples that this rank trained of the batch: none if it is `excluded`."""
-
-    def total_samples(self) -> int:
-        """Samples of these batches, over all ranks."""
-
-    def book(self, entries: Sequence[Sequence[Sequence[int]]], rank: int) -> None:
-        """The pass is committed: `entries[rank]` of all that took part; `rank` is this one."""
-
-
-class CommitListener(Protocol):
-    """What else belongs to the commit of a pass."""
-
-    def parameters(self, step: int) -> bytes:
-        """A hash of the parameters if they are to be compared in this step, else `EMPTY`."""
-
-    def heal(self, right: int, wrong: tuple[int, ...]) -> None:
-        """Give the ranks in `wrong` what rank `right` has. Collective."""
-
-    def committed(self, step: int, outcome: Any) -> None:
-        """A pass of this step is committed."""
-
-
 class Reducer:
     """Keeps the gradients of one optimizer's parameters the same on all ranks.
 
@@ -172,20 +133,10 @@ class Reducer:
         self._exchanging = False
         self._seen: dict[int, None] = {}
         self._missing: list[int] = []
-        self._handed: list[PendingReduction] = []
-        self._closed = 0
-        """Buckets whose inputs are complete."""
-        self._digests: list[bytes] = []
-        self._broken: PeerLostError | RingChangedError | None = None
-        """Why the rest of the buckets waits for another generation."""
-        self._attempt = 0
-        self._healed = self._blank = False
-        """The parameters of some ranks were wrong, so that these contribute nothing; this rank is one."""
-        self._account: list[list[list[int]]] = []
-        self._account_rank = 0
+        """By bucket: gradients that have not arrived."""
+        self._pass: Pass | None = None
         self._begun_s = 0.0
         self._idle_since_s = time.perf_counter()
-        self._busy_s = 0.0
 
         # The step.
         self.held = 0
@@ -352,8 +303,9 @@ class Reducer:
         assert self._buckets is not None
         self._buckets[bucket].load(position, self._load_weight())
         self._missing[bucket] -= 1
-        while self._closed < len(self._missing) and not self._missing[self._closed]:
-            self._close()
+        assert self._pass is not None
+        while self._pass.closed < len(self._missing) and not self._missing[self._pass.closed]:
+            self._close(self._pass)
 
     def complete(self) -> bool:
         return len(self._seen) == len(self._parameters)
@@ -369,13 +321,8 @@ class Reducer:
         self._exchanging = False
         self._window -= 1
         self.backwards -= 1
-        # What was launched will end on all ranks or fail; the next pass needs its memory.
-        while self._handed:
-            try:
-                self._handed.pop(0).wait()
-            except (PeerLostError, RingChangedError):
-                if not self._ring.elastic:
-                    raise
+        if self._pass is not None:
+            self._pass.abandon()  # the next pass needs its memory
 
     # Passes
 
@@ -387,15 +334,17 @@ class Reducer:
                 self._changed = False
             self._lay_out()
         assert self._buckets is not None
-        for bucket in self._buckets:
-            bucket.reset()
         self._missing = list(self._bucket_sizes)
-        self._handed, self._closed = [], 0
-        self._digests = [EMPTY] * len(self._buckets)
-        self._broken, self._attempt, self._account = None, 0, []
-        self._healed = self._blank = False
-        if probe.listener is not None:
-            probe.reached("step", step=self._step, attempt=0, parameters=self._parameters)
+        number = self._passes_in_step + 1
+        terms = Terms(
+            step=self._step,
+            label=f"step {self._step}, pass {number}" if number > 1 else f"step {self._step}",
+            weight=self._load_weight(),
+            late=self._late,
+            batches=max(1, self._settings.accumulate_steps),
+            compares=number == 1,
+        )
+        self._pass = Pass(self._ring, self._buckets, terms, self._samples, self._listener)
 
     def _lay_out(self) -> None:
         specs = [
@@ -419,7 +368,8 @@ class Reducer:
         if not self._exchanging:
             return
         bucket, position = self._bucket_of[index]
-        if bucket < self._closed:
+        assert self._pass is not None
+        if bucket < self._pass.closed:
             raise RuntimeError(
                 f'"{self._name(self._parameters[index])}" got a second gradient in one backward after its '
                 "first was sent, as happens when layers share it inside reentrant activation checkpointing; "
@@ -439,137 +389,34 @@ class Reducer:
         """Whether gradients go through buckets: also of a ring of one that may grow."""
         return self._ring.world_size > 1 or self._ring.elastic
 
-    def _close(self) -> None:
-        """The next bucket has all its gradients: hand it over."""
-        assert self._buckets is not None
-        if self._closed == 0:
+    def _close(self, this: Pass) -> None:
+        if this.closed == 0:
             self._passes_in_step += 1
-        self._buckets[self._closed].close(self._load_weight(), self._late)
-        self._closed += 1
-        if self._broken is not None:
-            return
-        try:
-            self._launch()
-        except (PeerLostError, RingChangedError) as error:
-            # The inputs are all that counts from here on, until the pass is done again.
-            self._broken = error
-
-    def _launch(self) -> None:
-        number = len(self._handed)
-        assert self._buckets is not None
-        bucket = self._buckets[number]
-        op = "mean" if self._load_weight() is None else "sum"
-        again = f", pass {self._passes_in_step}" if self._passes_in_step > 1 else ""
-        label = f"step {self._step}{again}, bucket {number}"
-        if probe.listener is not None:
-            probe.reached("bucket", step=self._step, bucket=number, attempt=self._attempt)
-        then = partial(self._arrived_back, number) if self._ring.elastic else None
-        self._handed.append(bucket.launch(op, label, then))
-
-    def _arrived_back(self, number: int) -> None:
-        """A bucket's result is there; on the thread that reduced it, while it is in cache."""
-        assert self._buckets is not None
-        output = self._buckets[number].output
-        if probe.listener is not None:
-            probe.reached("reduced", step=self._step, bucket=number, tensor=output, attempt=self._attempt)
-        self._digests[number] = digest(output)
+        this.close()
 
     def _finish(self) -> None:
-        """Launch what is left, wait for everything and put the results where they belong."""
-        assert self._buckets is not None
-        while self._closed < len(self._buckets):
-            self._close()
+        """Hand over what is left, wait for everything and put the results where they belong."""
+        this = self._pass
+        assert this is not None and self._buckets is not None
+        while this.closed < len(self._buckets):
+            self._close(this)
         begun_s = time.perf_counter()
-        self._busy_s = begun_s - self._idle_since_s
-        outcome = self._ring.transact(self._reduce, self._ballot, self._heal)
-        self._rescale()
-        if probe.listener is not None:
-            probe.reached("committed", step=self._step, account=self._account)
+        outcome = this.commit(int((begun_s - self._idle_since_s) * 1e6))
         for bucket in self._buckets:
             self._somebody_late |= bucket.publish()
         self._idle_since_s = time.perf_counter()
         self._wait_s += self._idle_since_s - begun_s
-        self._handed = []
+        self._pass = None
         self._passes += 1
         self._window, self._reduced = 0, True
-        if self._samples is not None and self._account:
-            self._samples.book(self._account, self._account_rank)
+        if self._samples is not None and this.account:
+            self._samples.book(this.account, this.account_rank)
         if self._listener is not None:
             self._listener.committed(self._step, outcome)
         if self._order is None:
             self._learn_order()
         elif self._tuner is not None:
             self._tune(self._tuner)
-
-    def _reduce(self, before: int) -> bytes:
-        """An attempt at the pass; returns a hash of its result."""
-        assert self._buckets is not None
-        if before:
-            if probe.listener is not None:
-                probe.reached("step", step=self._step, attempt=before, parameters=self._parameters)
-            self._attempt, self._broken = before, None
-            self._wait_out()
-            while len(self._handed) < len(self._buckets):
-                self._launch()
-        if self._broken is not None:
-            raise self._broken
-        for handle in self._handed:
-            handle.wait()
-        if not self._ring.elastic:
-            return EMPTY
-        return combine([*self._digests, self._gather_account()])
-
-    def _wait_out(self) -> None:
-        """Nothing of an attempt that failed may still write to the outputs."""
-        while self._handed:
-            try:
-                self._handed.pop(0).wait()
-            except (PeerLostError, RingChangedError):
-                continue
-
-    def _gather_account(self) -> bytes:
-        """Learn what the ranks contributed to this attempt; returns it as bytes."""
-        if self._samples is not None:
-            known = self._samples.entries(excluded=self._blank)
-            # A rank that had no backward knows of one batch only.
-            missing = max(1, self._settings.accumulate_steps) - len(known)
-            entries = torch.tensor([*known, *[self._samples.NO_ENTRY] * missing], dtype=torch.int64)
-        elif self._healed:
-            entries = torch.tensor([[0 if self._blank else 1]])
-        else:
-            return EMPTY
-        self._account_rank = self._ring.rank
-        everyones = torch.empty((self._ring.world_size, *entries.shape), dtype=torch.int64)
-        self._ring.raw.all_gather(everyones, entries)
-        self._account = everyones.tolist()
-        return everyones.numpy().tobytes()
-
-    def _rescale(self) -> None:
-        """Where ranks did not contribute, let the sum be the mean over those that did."""
-        assert self._buckets is not None
-        if not self._account:
-            return
-        wanted = len(self._account) if self._samples is None else self._samples.total_samples()
-        found = sum(entry[-1] for entries in self._account for entry in entries)
-        if found not in (0, wanted):
-            for bucket in self._buckets:
-                bucket.output.mul_(wanted / found)
-
-    def _ballot(self) -> Ballot:
-        parameters = EMPTY
-        if self._listener is not None and self._passes_in_step == 1:
-            parameters = self._listener.parameters(self._step)
-        return Ballot(step=self._step, parameters=parameters, busy_us=int(self._busy_s * 1e6), boundary=True)
-
-    def _heal(self, right: int, wrong: tuple[int, ...]) -> None:
-        """The parameters of `wrong` are not the others': repair them, and leave their gradients out."""
-        assert self._listener is not None and self._buckets is not None
-        self._listener.heal(right, wrong)
-        self._healed = True
-        if self._ring.rank in wrong:
-            self._blank = True
-            for bucket in self._buckets:
-                bucket.blank()
 
     def _learn_order(self) -> None:
         """Take over the order in which gradients arrived on rank 0, if any did."""
