@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ringps.wire.control import Assignment, LauncherHello
@@ -23,7 +24,8 @@ class JobPlan:
     in the order of their first launcher.
 
     A launcher that was given worker ids by an earlier coordinator has them still: the first such one
-    shows that the plan was complete, and nothing is dealt out any more.
+    shows that the plan was complete, and nothing is dealt out any more. Later, a launcher may take the
+    place of one whose machine is gone.
     """
 
     def __init__(self, world_size: int | None, settle_s: float) -> None:
@@ -65,12 +67,18 @@ class JobPlan:
         """Whether a launcher asked for encrypted data connections."""
         return any(offer.hello.encrypt_data for offer in self._offers)
 
-    def offer(self, hello: LauncherHello, now_s: float) -> str | None:
-        """Take a launcher in; the answer is None, or the reason for refusing it."""
+    def offer(self, hello: LauncherHello, now_s: float, abandoned: Collection[int] = ()) -> str | None:
+        """Take a launcher in; the answer is None, or the reason for refusing it.
+
+        Args:
+            hello: what it offers.
+            now_s: the current time.
+            abandoned: worker ids that no process has, and whose launcher is gone as far as can be known.
+        """
         if hello.first_worker_id is not None:
             return self._put_back(hello, hello.first_worker_id)
         if self._complete:
-            return "the job's launchers are complete; joining later is not possible in this version"
+            return self._take_over(hello, abandoned)
         taken = self._slots()
         room = (self._world_size or MAX_WORKERS) - taken
         if hello.slots > room:
@@ -80,7 +88,7 @@ class JobPlan:
         return None
 
     def take_evicted(self) -> list[str]:
-        """Sessions of launchers that were taken in before the plan turned out to be complete."""
+        """Sessions of launchers that have no part in the plan any more, each once."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
@@ -161,6 +169,22 @@ class JobPlan:
         self._offers.append(_Offer(hello.session, hello, first))
         self._offers.sort(key=lambda offer: offer.first_worker_id)
         return None
+
+    def _take_over(self, hello: LauncherHello, abandoned: Collection[int]) -> str | None:
+        for index, offer in enumerate(self._offers):
+            first, slots = offer.first_worker_id, offer.hello.slots
+            if hello.slots <= slots and all(first + at in abandoned for at in range(slots)):
+                self._evicted.append(offer.session)
+                parts = [_Offer(hello.session, hello, first)]
+                if hello.slots < slots:
+                    rest = replace(offer.hello, slots=slots - hello.slots)
+                    parts.append(_Offer(offer.session, rest, first + hello.slots))
+                self._offers[index : index + 1] = parts
+                return None
+        return (
+            "the job's launchers are complete; another one is taken only in the place of a machine all of "
+            f"whose workers are gone, and whose slots were at least as many as its own ({hello.slots})"
+        )
 
     def _slots(self) -> int:
         return sum(offer.hello.slots for offer in self._offers)

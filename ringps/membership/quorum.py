@@ -298,11 +298,15 @@ class Quorum:
         if hello.session not in self._state.launchers:
             if hello.session in self._peers:
                 return "session taken"
-            detail = self._plan.offer(hello, now_s)
+            abandoned = self._succession.abandoned()
+            detail = self._plan.offer(hello, now_s, abandoned)
             if detail is not None:
                 self._out.send(peer, Refused(reason=clip(detail)))
                 return "no room for this launcher"
             self._state.launchers.add(hello.session)
+            for worker_id in abandoned:
+                if self._plan.owns(hello.session, worker_id):
+                    self._roster[worker_id].reassigned = True
             self._evict()
             self._restoration.launcher_came(now_s)
         self._peers.write_down(hello.session, peer)
@@ -311,7 +315,7 @@ class Quorum:
 
     def _evict(self) -> None:
         for session in self._plan.take_evicted():
-            reason = "the job's launchers are complete, as those show that have come back"
+            reason = "the job's launchers are complete, and this one is not among them (any more)"
             self._out.send_to(session, Refused(reason=reason))
             self._state.launchers.discard(session)
             self._peers.cross_out(session)

@@ -79,6 +79,8 @@ class Worker:
     """Whether it was taken for lost while its process may still run."""
     expelled_told_s: float = float("-inf")
     """When it was last told so."""
+    reassigned: bool = False
+    """Another launcher than its own is to start its successor."""
     feed: Feed | None = None
     """Where it gets the state of the ring that it joins."""
 

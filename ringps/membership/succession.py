@@ -136,6 +136,21 @@ class Succession:
         self._state.emit("joiner_lost", generation=generation, worker_id=worker_id, reason=exited.reason)
         return None
 
+    def abandoned(self) -> frozenset[int]:
+        """Worker ids that nobody has, and whose launcher is gone: it has left, or did not end the process that
+        it was told to."""
+        if not self._state.running:
+            return frozenset()
+        state = self._state
+        gone = set()
+        for worker_id in range(state.plan.world_size or 0):
+            worker = state.roster.get(worker_id)
+            if worker is not None and worker.vacant:
+                silent = worker.expelled and worker.exited is None and not worker.reassigned
+                if silent or state.plan.owner_of(worker_id) not in state.launchers:
+                    gone.add(worker_id)
+        return frozenset(gone)
+
     def await_unheard(self, until_s: float) -> None:
         """Worker ids of which nothing was heard may be taken by processes that come back by then."""
         self._unheard_until_s = until_s

@@ -638,6 +638,57 @@ class TestJoining:
         assert job.refused == ["peer is no part of this job"]
 
 
+class TestNewMachines:
+    def lost_machine(self) -> ElasticJob:
+        """Of two machines with two workers each, the second has gone silent; its launcher says nothing."""
+        job = ElasticJob(4, 1)
+        job.launch(0, 2, host="node-a")
+        job.launch(1, 2, host="node-b")
+        for worker_id in range(4):
+            job.hello(worker_id, host="node-a" if worker_id < 2 else "node-b")
+        job.bind_all("w0", "w1", "w2", "w3")
+        job.say("w0", Admitting(generation=1))
+        job.beating -= {2, 3}
+        job.sleep(3.5)
+        assert job.members("w0") == [0, 1]
+        job.bind_all("w0", "w1")
+        return job
+
+    def test_one_takes_the_place_of_a_machine_that_is_gone(self) -> None:
+        job = self.lost_machine()
+        job.launch(2, 2, host="node-c")
+        [assignment] = job.heard("l2", Assignment)
+        assert (assignment.first_worker_id, assignment.world_size) == (2, 4)
+        assert [one.worker_id for one in job.heard("l2", Replaceable)] == [2, 3]
+        job.join(2, "j2", host="node-c")
+        job.say("j2", Ready())
+        assert job.heard("w0", Joiners)[-1].worker_ids == (2,)
+        job.say("l2", WorkerExited(worker_id=2, pid=2002, code=1, reason="x"))
+        assert job.event("joiner_lost")["worker_id"] == 2
+
+    def test_a_smaller_one_takes_a_part_of_it(self) -> None:
+        job = self.lost_machine()
+        job.launch(2, 1, host="node-c")
+        assert job.heard("l2", Assignment)[0].first_worker_id == 2
+        job.launch(3, 1, host="node-d")
+        assert job.heard("l3", Assignment)[0].first_worker_id == 3
+
+    def test_a_larger_one_is_refused_and_so_is_one_while_the_machine_is_there(self) -> None:
+        job = self.lost_machine()
+        job.launch(2, 3, host="node-c")
+        assert "at least as many as its own (3)" in job.heard("l2", Refused)[0].reason
+        job = vacated()
+        job.launch(2, 1, host="node-c")
+        assert job.heard("l2", Refused)
+
+    def test_the_launcher_of_the_lost_machine_has_no_say_any_more(self) -> None:
+        job = self.lost_machine()
+        job.launch(2, 2, host="node-c")
+        assert "not among them (any more)" in job.heard("l1", Refused)[-1].reason
+        job.say("l1", WorkerExited(worker_id=2, pid=1002, code=1, reason="late"))
+        assert job.refused[-1] == "peer is no part of this job"
+
+
 class TestFeeding:
     def test_offers_of_different_steps_do_not_count_together(self) -> None:
         job = vacated()
@@ -1301,7 +1352,7 @@ class TestRestart:
         assert "this job has 4 workers, and this launcher's had 5" in reasons[1]
         assert "given worker ids 3..4, and this job has 4 workers" in reasons[2]
         job.launch(9, 1)
-        assert "joining later" in job.heard("l9", Refused)[0].reason
+        assert "launchers are complete" in job.heard("l9", Refused)[0].reason
 
 
 def test_a_process_is_told_from_those_before_it() -> None:

@@ -657,7 +657,7 @@ class TestPlan:
         job = Job(1)
         job.launch(0, 1)
         job.launch(1, 1)
-        assert "joining later is not possible" in job.heard("l1", Refused)[0].reason
+        assert "the job's launchers are complete" in job.heard("l1", Refused)[0].reason
 
     def test_one_that_goes_away_in_time_makes_room(self) -> None:
         job = Job(2)
