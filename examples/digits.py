@@ -4,7 +4,8 @@
     ringps run -n 4 examples/digits.py              # the same script, on 4 workers
 
 What makes it data-parallel: `ringps.init()`, the sampler, the optimizer's wrapper, `ringps.shutdown()`.
-The result hardly depends on the number of workers: the global batch is the same.
+What lets workers come and go meanwhile: `TrainState` and its `steps`. The result hardly depends on the number
+of workers: the global batch is the same.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
     images, labels = (tensor[ringps.rank() :: ringps.world_size()] for tensor in dataset.tensors)
     right = (model(images).argmax(dim=1) == labels).sum().item()
     model.train()
-    return sum_over_ranks(right)[0] / len(dataset)
+    right, seen = sum_over_ranks(right, len(images))  # if a worker is lost here, its part is left out
+    return right / seen
 
 
 def same_on_all_ranks(model: nn.Module) -> bool:
@@ -87,10 +89,11 @@ def same_on_all_ranks(model: nn.Module) -> bool:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
-    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-    everyones = torch.empty(ringps.world_size(), len(own), dtype=torch.uint8)
-    ringps.all_gather(everyones, own)
-    return bool((everyones == own).all())
+    least = torch.tensor(list(digest.digest()))
+    most = least.clone()
+    ringps.all_reduce(least, "min")
+    ringps.all_reduce(most, "max")
+    return bool((least == most).all())
 
 
 def main() -> int:
@@ -104,7 +107,7 @@ def main() -> int:
 
     torch.set_num_threads(1)  # a worker per core: they would only get in each other's way
     ringps.init()
-    torch.manual_seed(options.seed + ringps.rank())  # shifts and dropout differ from rank to rank
+    torch.manual_seed(options.seed + ringps.worker_id())  # shifts and dropout differ from worker to worker
 
     train, test = load(options.seed)
     model = build()  # the wrapper makes all ranks start with rank 0's parameters
@@ -112,21 +115,26 @@ def main() -> int:
     loader = DataLoader(train, batch_sampler=sampler)
     plain = torch.optim.AdamW(model.parameters(), lr=options.lr)
     optimizer = ringps.DistributedOptimizer(plain, model, sampler=sampler)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(sampler))
+    until = options.epochs * len(sampler)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, until)
+    state = ringps.TrainState(model=model, optimizer=optimizer, sampler=sampler, scheduler=schedule)
 
+    loss_sum, loss_count, samples = 0.0, 0, 0
     start_s = time.perf_counter()
-    for epoch in range(1, options.epochs + 1):
-        loss_sum = 0.0
-        for images, labels in loader:
-            loss = functional.cross_entropy(model(shifted(images)), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * len(images)
-        mean_loss = sum_over_ranks(loss_sum)[0] / len(train)
-        rate = epoch * len(train) / (time.perf_counter() - start_s)
-        say(f"epoch {epoch:3}/{options.epochs}  loss {mean_loss:.4f}  {rate:6.0f} samples/s")
+    for step, (images, labels) in state.steps(loader, until):
+        loss = functional.cross_entropy(model(shifted(images)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        loss_sum, loss_count = loss_sum + loss.item() * len(images), loss_count + len(images)
+        samples += options.batch
+        if step % len(sampler) == 0:
+            all_loss, all_count = sum_over_ranks(loss_sum, loss_count)
+            rate = samples / (time.perf_counter() - start_s)
+            epoch = step // len(sampler)
+            say(f"epoch {epoch:3}/{options.epochs}  loss {all_loss / all_count:.4f}  {rate:6.0f} samples/s")
+            loss_sum, loss_count = 0.0, 0
 
     reached = accuracy(model, test)
     same = same_on_all_ranks(model)

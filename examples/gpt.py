@@ -12,7 +12,6 @@ import argparse
 import math
 import sysconfig
 import time
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -160,15 +159,14 @@ def main() -> None:
         optimizer,
         lambda step: min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * step / options.steps))),
     )
+    state = ringps.TrainState(model=model, optimizer=optimizer, sampler=sampler, scheduler=schedule)
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{size:,} parameters, {len(text):,} bytes of text, {ringps.world_size()} workers")
 
     report_every = max(1, options.steps // 10)
-    loss_sum, loss_count = 0.0, 0
+    loss_sum, loss_count, samples = 0.0, 0, 0
     start_s = time.perf_counter()
-    batches = (pieces for _ in count() for pieces in loader)  # epoch after epoch
-    for step in range(1, options.steps + 1):
-        pieces = next(batches)
+    for step, pieces in state.steps(loader, until=options.steps):
         loss = model.loss(pieces)
         optimizer.zero_grad()
         loss.backward()
@@ -176,9 +174,10 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         loss_sum, loss_count = loss_sum + loss.item() * len(pieces), loss_count + len(pieces)
+        samples += options.batch
         if step % report_every == 0 or step == options.steps:
             mean_loss = mean_over_ranks(loss_sum, loss_count)
-            rate = step * options.batch / (time.perf_counter() - start_s)
+            rate = samples / (time.perf_counter() - start_s)
             say(f"step {step:4}/{options.steps}  loss {mean_loss:.3f}  {rate:6.1f} samples/s")
             loss_sum, loss_count = 0.0, 0
 

@@ -103,7 +103,12 @@ class CollectiveMismatchError(CollectiveError):
 
 
 class CollectiveTimeoutError(CollectiveError):
-    """A collective made no progress for `op_timeout_s`; the message lists where each rank is."""
+    """A collective made no progress for `op_timeout_s`; the message lists where each rank is. `late` are the
+    ranks that have not come to it."""
+
+    def __init__(self, message: str, *, late: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.late = late
 
 
 class LayoutMismatchError(CollectiveError):

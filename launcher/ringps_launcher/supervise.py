@@ -2,10 +2,9 @@
 
 One loop on one thread sees every worker's exit, every line of output, every signal and every word
 of the coordinator. `restart.Supervision` decides, also on replacements of lost workers; this file
-carries out. Nothing is left behind on
-any way out: a worker's whole process group is killed when it exits, and if this process is killed
-itself, its guard does the same. (A process that a worker moved into a session of its own is the
-worker's to end.)
+carries out. Nothing is left behind on any way out: a worker's whole process group is killed when it
+exits, and if this process is killed itself, its guard does the same. (A process that a worker moved
+into a session of its own is the worker's to end.)
 """
 
 from __future__ import annotations

@@ -201,7 +201,8 @@ class Docket:
             return CollectiveTimeoutError(
                 f"collective number {sequence} made no progress for "
                 f"{self._timeouts.op_timeout_s} s (op_timeout_s):\n"
-                + (self._table(calls) or f"  this rank: {self.describe(sequence)}")
+                + (self._table(calls) or f"  this rank: {self.describe(sequence)}"),
+                late=tuple(rank for rank, call in enumerate(calls) if call.startswith("no ")),
             )
         if calls:
             return None  # nobody stands by what differed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from ringps.collectives.hierarchical import Hierarchical
 from ringps.collectives.ring_backend import RingBackend
 from ringps.collectives.serial import SerialBackend
 from ringps.collectives.shm.executor import SharedMemory
-from ringps.collectives.shm.group import HEAP_START, Disagreement, LocalGroup, forget_phases
+from ringps.collectives.shm.group import HEAP_START, LocalGroup, forget_phases
 from ringps.collectives.shm.links import LocalListener, NotHere
 from ringps.collectives.shm.memory import Area
 from ringps.collectives.shm.signals import Peer
@@ -154,7 +154,6 @@ class Doors:
             PeerLostError: a member is gone.
         """
         words, addresses = zip(*(one.address.split(" ", 1) for one in generation.members), strict=True)
-        asked = [word.partition("/")[0] for word in words]
         members = tuple(
             replace(member, address=address)
             for member, address in zip(generation.members, addresses, strict=True)
@@ -162,7 +161,11 @@ class Doors:
         view = replace(generation, members=members)
         self._check = check
         by_host = hosts(view)
-        choice = choose(asked, by_host)
+        try:
+            choice = _choose(view, words, by_host)
+        except SetupError:
+            self.close()
+            raise
         try:
             backend = self._build(choice, view, referee)
         except NotHere as error:
@@ -271,13 +274,7 @@ class Doors:
         group = LocalGroup(area, peers, ranks.index(view.rank), small_bytes=small_bytes)
         group.signals.attend = self._attend_until(time.monotonic() + limit_s, group, view)
         try:
-            group.barrier((0, small_bytes))
-        except Disagreement as error:
-            group.close()
-            raise SetupError(
-                "workers on this host have different settings of doubling_bytes (RINGPS_DOUBLING_BYTES); "
-                "start all with the same"
-            ) from error
+            group.barrier((0, 0))
         except BaseException:
             group.close()
             raise
@@ -302,3 +299,16 @@ class Doors:
             return _LOOK_S
 
         return attend
+
+
+def _choose(view: Generation, words: Sequence[str], by_host: Sequence[Sequence[int]]) -> Choice:
+    """The way to exchange data. `words[rank]` is what it was asked for, and stands for its settings."""
+    asked, _, settings = zip(*(word.partition("/") for word in words), strict=True)
+    choice = choose(asked, by_host)
+    for rank, other in enumerate(settings):
+        if other != settings[0]:
+            raise SetupError(
+                f"{view.describe(0)} and {view.describe(rank)} were started with different settings of "
+                "ringps.Exchange or ringps.Recovery (RINGPS_* variables); start all with the same"
+            )
+    return choice

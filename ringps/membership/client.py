@@ -211,7 +211,7 @@ class WorkerLink:
             if prepare is None:
                 return None
             if prepare is False:
-                self._give_up(goal)
+                self._give_up(goal, limit_s)
             number = prepare.generation
             if probe.listener is not None:
                 probe.reached("prepare", generation=number)
@@ -230,7 +230,7 @@ class WorkerLink:
 
             answer = self._wait_for(formed_or_replaced, deadline_s)
             if answer is False:
-                self._give_up(goal)
+                self._give_up(goal, limit_s)
             if isinstance(answer, Form):
                 return self._enter(prepare, answer)
 
@@ -408,13 +408,13 @@ class WorkerLink:
                     return answer
                 self._changed.wait(left_s)
 
-    def _give_up(self, goal: str) -> NoReturn:
+    def _give_up(self, goal: str, limit_s: float) -> NoReturn:
         self._channel.send(Ask())
         try:
             why = self._rendezvous.next(Waiting, _LAST_QUESTION_S).reason
         except (TimeoutError, RingpsError):
             why = "the coordinator does not say why"
-        raise SetupError(f"{goal} within {self._timeouts.rendezvous_timeout_s:g} s: {why}")
+        raise SetupError(f"{goal} within {limit_s:g} s: {why}")
 
     def _replaced(self) -> bool:
         return self._prepare is not None and self._prepare.generation > self._generation

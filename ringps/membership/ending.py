@@ -66,6 +66,9 @@ class Ending:
             for worker in (*state.ring.members, *others)
             if worker.phase in JOINERS or (worker.phase is Phase.LEFT and not worker.departed)
         ]
+        for worker in waiting:
+            if worker.phase in JOINERS:  # it ends now, and that may take a while without beats
+                state.detector.forget(worker.worker_id)
         state.out.tell_all(waiting, AllLeft(generation=state.ring.number))
 
     def stopped(self, worker: Worker, now_s: float) -> None:

@@ -62,7 +62,7 @@ from ringps.wire.control import (
     clip,
 )
 
-NOTES = frozenset({"straggler", "diverged", "recovered", "healed", "state_fetched"})
+NOTES = frozenset({"straggler", "diverged", "recovered", "state_fetched"})
 """The events that members may have written into the events file."""
 
 _MAX_NOTE_FIELDS = 32
@@ -411,6 +411,7 @@ class Quorum:
                 self._out.send_to(session, self._plan.assignment(session))
         self._restore(now_s)
         self._lose_the_silent(now_s)
+        self._succession.wait_for_members(now_s)
         self._succession.settle_changes(now_s)
         self._advance_formation(now_s)
         self._succession.advance(now_s)

@@ -3,7 +3,7 @@
 What a coordinator knows is lost with it; the members bring it back. It takes the ring over when
 more than half of the members of the newest generation heard of are accounted for: come back, or
 ended according to their launchers. So of two parts of a ring that was cut in two, at most one can
-go on, whatever became of the earlier coordinator.
+go on with a coordinator that was restarted. (The earlier one must be gone: it needs no majority.)
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Succession:
         self._joined: dict[Worker, tuple[int, str]] = {}
         self._joiners_told: tuple[int, tuple[int, ...]] = (0, ())
         self._resume: Resume | None = None
+        self._forming: tuple[int, float] = (0, 0.0)
+        """Number of the generation that is forming, and since when."""
         self._unheard: dict[int, int] = {}
         self._unheard_until_s = float("-inf")
 
@@ -137,8 +139,8 @@ class Succession:
         return None
 
     def abandoned(self) -> frozenset[int]:
-        """Worker ids that nobody has, and whose launcher is gone: it has left, or did not end the process that
-        it was told to."""
+        """Worker ids that nobody has, and whose launcher is gone: it has left, or did not end the process
+        that it was told to."""
         if not self._state.running:
             return frozenset()
         state = self._state
@@ -176,6 +178,26 @@ class Succession:
             self.expel(worker)
             self.remind(worker, now_s, at_once=True)
         return bool(strange)
+
+    def wait_for_members(self, now_s: float) -> None:
+        """Of a generation that is to form: who does not come for too long is lost."""
+        ring, limit_s = self._state.ring, self._state.settings.timeouts.op_timeout_s
+        if ring.formed or not self._state.running:
+            self._forming = (0, now_s)
+        elif self._forming[0] != ring.number:
+            self._forming = (ring.number, now_s)
+        elif now_s >= self._forming[1] + limit_s:
+            for worker in ring.members:
+                if worker.phase is Phase.PREPARED:
+                    self.lose(
+                        worker,
+                        f"it has not come to the new generation for {limit_s:g} s (op_timeout_s): its script "
+                        "hangs, or does something else for so long",
+                        now_s,
+                        code=1,
+                    )
+                    self.expel(worker)
+                    self.remind(worker, now_s, at_once=True)
 
     def formed(self) -> None:
         """A generation has formed: some have joined with it."""

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 
 _WARM_UP_STEPS = 5
+_LEAST_US = 5_000_000
+"""It must have been slow for so long a time of its own: where steps are short, the system's scheduling alone
+makes one process slower than another for some dozens of them."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class StragglerWatch:
         Args:
             factor: slower than the others by so much is a straggler.
             steps: time constant, in steps, and for how many steps in a row its smoothed time must have been
-                too long. Its first ones do not count: they load code and touch new memory.
+                too long, and for five seconds. Its first ones do not count: they load code and touch new
+                memory.
         """
         self._factor = factor
         self._steps = steps
         self._mean_us: dict[int, float] = {}
         self._seen: dict[int, int] = {}
-        self._slow_for: dict[int, int] = {}
+        self._slow_for: dict[int, tuple[int, int]] = {}
+        """In a row: steps, and microseconds of its own."""
         self._current: dict[int, Straggler] = {}
 
     @property
@@ -55,7 +60,7 @@ class StragglerWatch:
             before_us = self._mean_us.get(worker_id, float(time_us))
             self._mean_us[worker_id] = before_us + (time_us - before_us) / min(seen, self._steps)
         found = []
-        for worker_id in worker_ids:
+        for worker_id, time_us in zip(worker_ids, busy_us, strict=True):
             others_us = [
                 self._mean_us[other] for other in worker_ids if other != worker_id and other in self._mean_us
             ]
@@ -67,10 +72,11 @@ class StragglerWatch:
             threshold = (1 + self._factor) / 2 if worker_id in self._current else self._factor
             if factor < threshold:
                 self._current.pop(worker_id, None)
-                self._slow_for[worker_id] = 0
+                self._slow_for[worker_id] = 0, 0
                 continue
-            self._slow_for[worker_id] = self._slow_for.get(worker_id, 0) + 1
-            if self._slow_for[worker_id] < self._steps:
+            steps, slow_us = self._slow_for.get(worker_id, (0, 0))
+            self._slow_for[worker_id] = steps, slow_us = steps + 1, slow_us + time_us
+            if steps < self._steps or slow_us < _LEAST_US:
                 continue
             one = Straggler(worker_id, factor)
             if worker_id not in self._current:

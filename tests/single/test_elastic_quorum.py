@@ -638,6 +638,39 @@ class TestJoining:
         assert job.refused == ["peer is no part of this job"]
 
 
+class TestHanging:
+    def test_who_does_not_come_to_a_new_generation_is_lost(self) -> None:
+        job = elastic()
+        job.exit(2, 137)
+        job.bind_all("w0")
+        job.sleep(TIMEOUTS.op_timeout_s - 1)
+        assert job.members("w0") == [0, 1]
+        job.sleep(2)
+        assert job.members("w0") == [0]
+        assert "has not come to the new generation for 300 s (op_timeout_s)" in job.reason("w0")
+        assert [(expel.worker_id, expel.pid) for expel in job.heard("l0", Expel)] == [(1, 1001)]
+        assert job.heard("w1", Expelled)
+
+    def test_every_generation_has_its_own_time(self) -> None:
+        job = elastic(4)
+        job.exit(3, 137)
+        job.sleep(TIMEOUTS.op_timeout_s - 1)
+        job.exit(2, 137)
+        job.sleep(2)
+        assert job.members("w0") == [0, 1]
+
+    def test_a_joiner_that_ends_slowly_after_the_job_is_not_lost(self) -> None:
+        job = vacated()
+        job.join(2, "j2")
+        job.say("j2", Ready())
+        for worker_id in range(2):
+            job.say(f"w{worker_id}", Leaving(generation=2, completed=3))
+        assert job.heard("j2", AllLeft)
+        job.beating.clear()
+        job.sleep(TIMEOUTS.heartbeat_timeout_s + 1)
+        assert not job.heard("l0", Expel)
+
+
 class TestNewMachines:
     def lost_machine(self) -> ElasticJob:
         """Of two machines with two workers each, the second has gone silent; its launcher says nothing."""
