@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test check format golden bench wheel clean
+.PHONY: help setup demo test chaos check format golden bench wheel clean
 
 help:  ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 
 test: setup  ## Run all tests (ARGS="tests/single -k ring")
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
+	$(BIN)/python scripts/chaos.py $(ARGS)
 
 check: setup  ## Lint, check format, types and who imports whom
 	$(BIN)/ruff check .

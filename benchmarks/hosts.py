@@ -151,6 +151,35 @@ class Hosts:
         """What to put before a command so that it runs on a host and dies with this process."""
         return self._within(self._holders[host])
 
+    def inside_switch(self) -> list[str]:
+        """The same for the switch, whose address is `switch_address`: a place that links do not limit."""
+        return self._within(self._switch)
+
+    @property
+    def switch_address(self) -> str:
+        """IP address of the switch."""
+        return self._address(254)
+
+    def silence(self, one: int, other: int) -> None:
+        """Let nothing come through between two hosts any more; neither is told, and both reach the rest."""
+        for here, there in ((one, other), (other, one)):
+            nobody = ("lladdr", "02:00:00:00:00:01", "nud", "permanent")
+            neighbour = ("neighbour", "replace", self.address(there))
+            self._ip(self._holders[here], *neighbour, *nobody, "dev", "uplink")
+
+    def let_speak(self, one: int, other: int) -> None:
+        """Undo `silence`."""
+        for here, there in ((one, other), (other, one)):
+            self._ip(self._holders[here], "neighbour", "delete", self.address(there), "dev", "uplink")
+
+    def unplug(self, host: int) -> None:
+        """Let nothing come from a host or to it any more; nobody is told."""
+        self._ip(self._switch, "link", "set", "dev", f"port-{host}", "nomaster")
+
+    def replug(self, host: int) -> None:
+        """Undo `unplug`."""
+        self._ip(self._switch, "link", "set", "dev", f"port-{host}", "master", "switch")
+
     def streams(self, seconds: float) -> list[float]:
         """Payload in bytes/s of plain TCP streams from each host to the next, all at the same time."""
         with contextlib.ExitStack() as stack:

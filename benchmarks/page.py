@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import goodput
 import plots
+import recovery_report
 import report
 from report import Row, Table
 
@@ -126,6 +128,41 @@ script's output.""",
         table=predictions,
         plot=plots.efficiency,
         alt="Predicted efficiency of training by number of workers",
+    ),
+    Section(
+        name="recovery",
+        title="Recovery",
+        text="""\
+What it takes to go on when a worker is killed (`sigkill`), frozen (`sigstop`) or asked to leave (`sigterm`),
+when a connection between two live processes closes (`cut`), when nothing comes through between two hosts
+any more (`silent_link`) or from one of them (`silent_host`), and when a worker joins. Each is done at a
+random moment of a step, and times are from then: until the kernel has ended the process (`gone`), until the
+coordinator says so or the first member is told of the next generation (`noticed`), until the last survivor
+has committed its first step of the next generation (`next_step`). A `pause` is the longest time between two
+commits of a process that stays. *Above a step* is the median without a normal step of the same run, *at
+most* the same of the worst; the *bar* is for that. *Load* is the machine's, of the last minute.
+
+A joining worker's time is that from the start of its process to its first committed step: `start` until it
+has loaded PyTorch and its data, `wait` until the members serve their state, `fetch`, and `first_step`.
+`commit_*` is time inside a step that a ring needs which can lose members: hashes of the reduced buckets, an
+account of which samples took part, and the vote; their clock time has waiting for the other ranks in it.
+`commit_parameters` comes with every `check_parameters_every`-th step only. `step_elastic` and `step_fixed`
+are whole steps of jobs with and without all that, in turns.""",
+        table=recovery_report.markdown,
+        plot=plots.recovery,
+        alt="Time to notice, to recover and to join, by what happened",
+    ),
+    Section(
+        name="goodput",
+        title="Goodput",
+        text="""\
+The same model, samples and global batch under `ringps run` and under torchrun with DDP over gloo, with a
+SIGKILL of a worker every 15 s on the same schedule, and without. torchrun starts all workers anew after a
+loss; they resume from a checkpoint that is written every 10 steps. A sample is useful if its step was not
+lost; *goodput* is useful samples per second with kills by those without.""",
+        table=lambda rows: goodput.table(rows).markdown(),
+        plot=plots.goodput,
+        alt="Useful samples over time, with a worker killed every 15 s, and without",
     ),
 )
 

@@ -90,6 +90,37 @@ def efficiency(rows: Sequence[Row]) -> Any | None:
     return figure
 
 
+def recovery(rows: Sequence[Row]) -> Any:
+    """What each harm and each join costs: a bar per operation from the least to the most, on a log axis."""
+    chosen = [one for one in rows if not one.op.startswith(("step_", "commit_"))]
+    figure, (axes,) = _figure(1, panel_width=7.5)
+    names = [f"{one.op} ({one.env['model']})" for one in chosen]
+    for place, one in enumerate(chosen):
+        axes.plot([one.time_us_min / 1e3, one.time_us_max / 1e3], [place, place], color="C0", linewidth=2)
+        axes.plot([one.time_us / 1e3], [place], marker="o", color="C0")
+        bar_ms = one.env.get("bar_ms")
+        if isinstance(bar_ms, int | float):
+            axes.plot([bar_ms], [place], marker="|", color="C3", markersize=14)
+    axes.set_yticks(range(len(chosen)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="ms: least, median, most; red: the bar, less a normal step")
+    return figure
+
+
+def goodput(rows: Sequence[Row]) -> Any:
+    """Samples trained over time, and lost again: a curve per backend and schedule."""
+    figure, (axes,) = _figure(1, panel_width=7.5)
+    for one in rows:
+        curve = one.env.get("curve")
+        assert isinstance(curve, list)
+        style = "-" if one.op == "with_kills" else ":"
+        label = f"{one.backend}, {one.op.replace('_', ' ')}"
+        axes.plot([point[0] for point in curve], [point[1] for point in curve], style, label=label)
+    axes.set(xlabel="seconds since the first step", ylabel="samples trained and not lost")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """Write the figure, as what the name's ending says, and drop it."""
     pyplot = report.load_pyplot()

@@ -2,9 +2,11 @@
 
     python benchmarks/suite.py                      # all of them, below 10 minutes, and docs/benchmarks.md
     python benchmarks/suite.py --only train -n 2    # a part of them, and no page
+    python benchmarks/suite.py --full               # recovery and goodput as long as they should be
 
-Results are kept as JSON in benchmarks/out. The page is written when nothing was chosen, so that it always
-shows whole runs; `python benchmarks/page.py` writes it from what is there.
+Results are kept as JSON in benchmarks/out. The page is written when no size, transport or time was chosen
+and there are results of all benchmarks, so that it always shows whole runs; `python benchmarks/page.py`
+writes it from what is there.
 """
 
 from __future__ import annotations
@@ -17,10 +19,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("allreduce", "train", "hosts", "simulate")
+SCRIPTS = ("allreduce", "train", "hosts", "simulate", "recovery", "goodput")
 WITH_OPTIONS = ("allreduce", "train")
 """Those that take `-n` and `--transport`."""
 AS_ROOT = ("hosts",)
+SHORT = {
+    "recovery": ("--repeats=2", "--turns=1"),
+    "goodput": ("--seconds=40", "--quiet-seconds=15"),
+}
+FULL = {
+    "recovery": ("--repeats=5", "--turns=3"),
+    "goodput": ("--seconds=180",),
+}
+"""What scripts are told without and with `--full`."""
 
 
 def main() -> None:
@@ -32,6 +43,7 @@ def main() -> None:
     add("-n", "--workers", metavar="N,N", help="world sizes (default: 2,4)")
     add("--transport", metavar="NAME,NAME", help="tcp, shm or auto (default: what the script takes)")
     add("--seconds", metavar="S", help="about how long to measure each point")
+    add("--full", action="store_true", help="goodput for 3 minutes each, recovery with more repetitions")
     options = parser.parse_args()
     chosen = [
         f"--{name}={value}"
@@ -55,7 +67,10 @@ def main() -> None:
             _say(f"SKIPPED {name}: there is no {script}")
             continue
         _say(f"{name}:")
-        arguments = chosen if name in WITH_OPTIONS else []
+        arguments = [
+            *(chosen if name in WITH_OPTIONS else ()),
+            *(FULL if options.full else SHORT).get(name, ()),
+        ]
         result = str(out / f"{name}.json")
         code = subprocess.run(
             [sys.executable, str(script), "--json", result, *arguments], check=False
@@ -64,7 +79,10 @@ def main() -> None:
         if code:
             failed.append(name)
             _say(f"FAILED {name}: exit code {code}")
-    if not (options.only or chosen):
+    lacking = [name for name in SCRIPTS if not (out / f"{name}.json").exists()]
+    if lacking and options.only:
+        _say(f"no page, for there are no results of {', '.join(lacking)}")
+    elif not chosen:
         code = subprocess.run([sys.executable, str(HERE / "page.py")], check=False).returncode
         if code:
             failed.append("page")

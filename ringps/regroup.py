@@ -94,10 +94,11 @@ class Regroup:
     def reform(self, error: RingpsError) -> tuple[Generation, Backend]:
         old, view = self._backend, self._view
         assert old is not None and view is not None
+        if isinstance(error, PeerLostError):
+            # Said before the connections close, which others will complain about.
+            self.link.suspect(view.number, error.blames, error.reason)
         old.fail(error)
         old.close()
-        if isinstance(error, PeerLostError):
-            self.link.suspect(view.number, error.blames, error.reason)
         view, formed = self._form(self.link.next_generation(self._bind))
         return view, formed.backend
 

@@ -77,6 +77,11 @@ class FlatBucket:
             torch.mul(gradient, weight, out=view)
 
     @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those whose gradients are in it."""
+        return [parameter for parameter, _, _ in self._views]
+
+    @property
     def output(self) -> torch.Tensor:
         """The flat tensor of reduced gradients and flags."""
         return self._output

@@ -116,8 +116,7 @@ class Pass:
         """The parameters of some ranks were wrong, so that these contribute nothing; this rank is one."""
         for bucket in buckets:
             bucket.reset()
-        if probe.listener is not None:
-            probe.reached("step", step=terms.step, attempt=0)
+        self._tell()
 
     def close(self) -> None:
         """The next bucket has all its gradients, or gets zeros for those that are missing: hand it over."""
@@ -177,12 +176,16 @@ class Pass:
             probe.reached("reduced", step=step, bucket=number, tensor=output, attempt=self._attempt)
         self._digests[number] = digest(output)
 
+    def _tell(self) -> None:
+        if probe.listener is not None:
+            parameters = [one for bucket in self._buckets for one in bucket.parameters]
+            probe.reached("step", step=self._terms.step, attempt=self._attempt, parameters=parameters)
+
     def _reduce(self, before: int) -> bytes:
         """An attempt at the pass; returns a hash of its result."""
         if before:
-            if probe.listener is not None:
-                probe.reached("step", step=self._terms.step, attempt=before)
             self._attempt, self._broken = before, None
+            self._tell()
             self.abandon()
             while len(self._handed) < len(self._buckets):
                 self._launch()
@@ -201,7 +204,8 @@ class Pass:
             # A rank that had no backward knows of one batch only.
             missing = self._terms.batches - len(known)
             entries = torch.tensor([*known, *[self._samples.NO_ENTRY] * missing], dtype=torch.int64)
-        elif self._healed:
+        elif self._healed or self._ring.fresh:
+            # The latter as healing may have ended on some ranks only, when it was interrupted.
             entries = torch.tensor([[0 if self._blank else 1]])
         else:
             return EMPTY

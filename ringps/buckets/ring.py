@@ -33,6 +33,10 @@ class ReductionRing(Protocol):
         """Whether this worker has yet to get the state of the ring that it joins."""
 
     @property
+    def fresh(self) -> bool:
+        """Whether what is under way may have been interrupted in an earlier generation."""
+
+    @property
     def raw(self) -> ReductionRing:
         """Collectives that are not done again when a member is lost, for use in `transact`."""
 

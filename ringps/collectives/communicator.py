@@ -68,6 +68,11 @@ class Communicator:
         return False
 
     @property
+    def fresh(self) -> bool:
+        """Whether what is under way may have been interrupted in an earlier generation."""
+        return False
+
+    @property
     def raw(self) -> Communicator:
         """The collectives of the current generation alone: one that is interrupted is not done again."""
         return self

@@ -24,6 +24,7 @@ from ringps.config import Recovery
 from ringps.errors import (
     CollectiveError,
     CollectiveMismatchError,
+    CollectiveTimeoutError,
     DivergedError,
     PeerLostError,
     RingChangedError,
@@ -65,7 +66,7 @@ class Membership(Protocol):
         Raises:
             PeerLostError: too few members are left.
             ExpelledError: the others went on without this worker.
-            SetupError: the coordinator did not come back within `rendezvous_timeout_s`.
+            SetupError: nothing has come of it for as long as `rendezvous_timeout_s` and `op_timeout_s` allow.
             ClosedError: the ring was shut down by this process.
         """
 
@@ -151,6 +152,7 @@ class ElasticCommunicator(Communicator):
         self._unsettled = False
         """The generation is new, and its members have not told each other how far they are."""
         self._together = False
+        self._fresh = False
         self._change: Change | None = None
         self._generations = self._repeated = self._rolled_forward = self._diverged = 0
         self._recovering_s = 0.0
@@ -170,6 +172,12 @@ class ElasticCommunicator(Communicator):
     def joining(self) -> bool:
         """Whether this worker has yet to get the state of the ring that it joins."""
         return self._joining
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no vote has committed anything since the generation began: what is under way may have been
+        interrupted in an earlier one, where each rank got to another point of it. The same on all ranks."""
+        return self._fresh
 
     @property
     def committed(self) -> int:
@@ -243,9 +251,11 @@ class ElasticCommunicator(Communicator):
         doubted: Sequence[Vote] = ()
         while True:
             try:
-                if self._unsettled and self._settle(between=False):
-                    self._rolled_forward += 1
-                    return self._commit(attempts, None)
+                if self._unsettled:
+                    if self._settle(between=False):
+                        self._rolled_forward += 1
+                        return self._commit(attempts, None)
+                    self._repeated += attempts > 0
                 attempts += 1
                 result = attempt(attempts - 1)
                 self._held = (self._generation.number, result)
@@ -276,9 +286,11 @@ class ElasticCommunicator(Communicator):
                 else:
                     doubted = votes
             except (PeerLostError, RingChangedError) as error:
-                if attempts:
-                    self._repeated += 1
                 self.reform(error)
+            except CollectiveTimeoutError as hung:
+                if not hung.late or self.rank in hung.late:
+                    raise
+                self.reform(self._hung(hung.late[0]))
 
     def reform(self, error: RingpsError) -> None:
         """Go on to the next generation; its members tell each other how far they are before anything else.
@@ -319,6 +331,11 @@ class ElasticCommunicator(Communicator):
         """Have a line written to the events file; call it on one rank."""
         self._membership.note(event, **details)
 
+    def _hung(self, rank: int) -> PeerLostError:
+        member = self._generation.members[rank]
+        reason = "it has not come to a collective that the others are in for op_timeout_s"
+        return PeerLostError(rank=rank, worker_id=member.worker_id, host=member.host, reason=reason)
+
     def _adopt(self, generation: Generation, backend: Backend) -> None:
         self._generation, self._backend = generation, backend
         self._raw = Communicator(generation, backend)
@@ -341,7 +358,7 @@ class ElasticCommunicator(Communicator):
         )
         statuses = [Status.unpack(raw) for raw in self._gather(own.pack(), STATUS_BYTES)]
         step, reason = resume(statuses, self.rank)
-        self._unsettled = False
+        self._unsettled, self._fresh = False, True
         if self._joining:
             self._committed = committed_by(statuses)
         self._together = all(status.between for status in statuses)
@@ -353,7 +370,7 @@ class ElasticCommunicator(Communicator):
             self._recovering_s += gap_s
             self._broken_s = None
         _log.debug("generation %d: %s: %s", self._generation.number, step.name.lower(), reason)
-        if self.rank == 0:
+        if self.rank == next(rank for rank, status in enumerate(statuses) if not status.joining):
             self.note("recovered", decision=step.name.lower(), reason=reason, gap_s=round(gap_s, 4))
         return step is Step.FORWARD
 
@@ -376,6 +393,7 @@ class ElasticCommunicator(Communicator):
     def _commit(self, attempts: int, votes: Sequence[Vote] | None) -> Outcome:
         self._committed += 1
         self._held = None
+        self._fresh = self._fresh and votes is None
         return Outcome(attempts, None if votes is None else tuple(votes))
 
     def _gather(self, payload: bytes, size_bytes: int) -> list[bytes]:
@@ -473,14 +491,15 @@ class ElasticCommunicator(Communicator):
         return self._done("all_gather", self._sized("all_gather", attempt), async_op)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
-        """As `Communicator.broadcast`. If members are lost meanwhile, `src` is a rank of those that are left,
-        and what it had in its tensor counts."""
-        kept = tensor.detach().clone()
+        """As `Communicator.broadcast`. If members are lost meanwhile, it starts from the same worker,
+        whatever its rank is then. If that one is lost, from what rank `src` of those that are left had in its
+        tensor; raises PeerLostError if there are too few for that."""
+        kept, began = tensor.detach().clone(), self._generation
 
         def attempt(before: int) -> bytes:
             if before:
                 tensor.detach().copy_(kept)
-            self._raw.broadcast(tensor, src)
+            self._raw.broadcast(tensor, self._source(began, src))
             return digest(tensor)
 
         return self._done("broadcast", attempt, async_op)
@@ -501,6 +520,22 @@ class ElasticCommunicator(Communicator):
         self.transact(attempt, self._plain_ballot)
         return found
 
+    def _source(self, began: Generation, src: int) -> int:
+        """The rank now of what was rank `src` when a broadcast began."""
+        if self._generation is began or not 0 <= src < began.world_size:
+            return src
+        member = began.members[src]
+        ids = [one.worker_id for one in self._generation.members]
+        if member.worker_id in ids:
+            return ids.index(member.worker_id)
+        if src < self.world_size:
+            return src
+        reason = (
+            f"amid a broadcast that started from it; there are {self.world_size} ranks now: "
+            "call it again with src as one of them"
+        )
+        raise _Resized(began, src, reason)
+
     def _sized(self, kind: str, attempt: Callable[[], bytes]) -> Callable[[int], bytes]:
         began = self._generation
 
@@ -510,7 +545,11 @@ class ElasticCommunicator(Communicator):
                 lost = next(
                     (rank for rank, member in enumerate(began.members) if member.worker_id not in here), 0
                 )
-                raise _Resized(kind, began, lost, self.world_size)
+                reason = (
+                    f"amid {kind}, whose sizes were for {began.world_size} ranks; there are "
+                    f"{self.world_size} now: call it again with tensors for that many"
+                )
+                raise _Resized(began, lost, reason)
             return attempt()
 
         return checked
@@ -531,15 +570,10 @@ class ElasticCommunicator(Communicator):
 
 
 class _Resized(RingpsError):
-    """Inside: a collective whose sizes depend on the number of ranks cannot be done again."""
+    """Inside: a collective cannot be done again among the members that are left. Not a PeerLostError itself,
+    for it is not to be answered with another generation."""
 
-    def __init__(self, kind: str, began: Generation, lost: int, world_size: int) -> None:
-        super().__init__(kind)
+    def __init__(self, began: Generation, lost: int, reason: str) -> None:
+        super().__init__(reason)
         member = began.members[lost]
-        self.error = PeerLostError(
-            rank=lost,
-            worker_id=member.worker_id,
-            host=member.host,
-            reason=f"amid {kind}, whose sizes were for {began.world_size} ranks; there are {world_size} now: "
-            "call it again with tensors for that many",
-        )
+        self.error = PeerLostError(rank=lost, worker_id=member.worker_id, host=member.host, reason=reason)

@@ -26,6 +26,7 @@ from ringps.collectives.disputes import Docket
 from ringps.collectives.handle import Handle
 from ringps.collectives.ring import Outgoing, Pool, RingOperation
 from ringps.errors import ClosedError, CollectiveError, FrameError, PeerLostError, RingpsError
+from ringps.kernels.digest import checksum
 from ringps.ring.topology import Generation
 from ringps.transport.base import Frame, Ticket, Transport
 from ringps.wire.header import ChunkHeader, encode
@@ -63,6 +64,7 @@ class Engine:
         docket: Docket,
         pool: Pool,
         *,
+        checked_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -71,12 +73,14 @@ class Engine:
             transport: a connected transport.
             docket: keeps who called what.
             pool: where operations take their memory from.
+            checked_bytes: largest payload that is sent with a checksum.
             clock: monotonic seconds.
         """
         self._generation = generation
         self._transport = transport
         self._docket = docket
         self._pool = pool
+        self._checked_bytes = checked_bytes
         self._clock = clock
 
         self._changed = threading.Condition()
@@ -302,6 +306,8 @@ class Engine:
                 self._post(sequence, operation, outgoing)
 
     def _post(self, sequence: int, operation: RingOperation, outgoing: Outgoing) -> None:
+        payload = outgoing.payload
+        checked = 0 < payload.nbytes <= self._checked_bytes
         header = ChunkHeader(
             generation=self._generation.number,
             sequence=sequence,
@@ -309,7 +315,8 @@ class Engine:
             sender=self._generation.rank,
             step=outgoing.step,
             chunk=outgoing.chunk,
-            payload_bytes=outgoing.payload.nbytes,
+            payload_bytes=payload.nbytes,
+            payload_check=checksum(payload) if checked else 0,
         )
         operation.unsent += 1
         self._outboxes[outgoing.peer].append(_Letter(operation, encode(header), outgoing))
@@ -344,6 +351,10 @@ class Engine:
                 if frame is None:
                     break
                 progress = True
+                if frame.header.payload_check not in (0, checksum(frame.payload)):
+                    self._refused["payload checksum"] += 1
+                    self._break(self._garbled(peer))
+                    return True
                 self._dispatch(frame)
         return progress
 
@@ -443,6 +454,11 @@ class Engine:
             self._break(error)
         elif self._contested is not None and self._contested.header.sequence == sequence and self._asked:
             self._forged, self._contested = self._contested, None  # nobody stands by it
+
+    def _garbled(self, peer: int) -> PeerLostError:
+        member = self._generation.members[peer]
+        reason = "a frame of it came with a wrong checksum"
+        return PeerLostError(rank=peer, worker_id=member.worker_id, host=member.host, reason=reason)
 
     def _check_departures(self) -> None:
         """A collective that a departed rank never called cannot end."""

@@ -57,7 +57,9 @@ class RingBackend:
         if generation.world_size == 1:
             return
         assert transport is not None
-        self._engine = Engine(generation, transport, self._docket, self._pool)
+        self._engine = Engine(
+            generation, transport, self._docket, self._pool, checked_bytes=exchange.checked_bytes
+        )
         partners = schedule.recursive_doubling(generation.rank, generation.world_size).peers
         self._may_double = partners <= transport.sends_to & transport.receives_from
 

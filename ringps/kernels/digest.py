@@ -24,6 +24,11 @@ def digest(*tensors: torch.Tensor) -> bytes:
     return found
 
 
+def checksum(payload: memoryview) -> int:
+    """32 bits over a frame's payload, never 0."""
+    return int(xxhash.xxh3_64_intdigest(payload)) & 0xFFFFFFFF or 1
+
+
 def combine(parts: Iterable[bytes]) -> bytes:
     """16 bytes over byte strings, in this order."""
     found: bytes = xxhash.xxh3_128_digest(b"".join(parts))

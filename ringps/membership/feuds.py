@@ -3,13 +3,16 @@
 A first complaint leads to another generation with the same members: whatever broke may have been
 the connection alone. If the same two complain again soon, one of them must go. It is the one that
 quarrels with more of the others, for then the fault is likely at its end.
+
+Who complains has given up all of its connections. So a complaint about somebody who complains about
+somebody else is a consequence, and not held against either.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMORY_S = 60.0
+MEMORY_S = 15.0
 """For how long a complaint counts against those whom it was about."""
 
 
@@ -64,8 +67,9 @@ class Feuds:
         if first is None or now_s < first.since_s + self._patience_s:
             return None
         self._past = {pair: at_s for pair, at_s in self._past.items() if now_s - at_s <= MEMORY_S}
-        again = next((entry for entry in self._open.values() if entry.pair in self._past), None)
-        self._past.update((entry.pair, now_s) for entry in self._open.values())
+        causes = self._causes()
+        again = next((entry for entry in causes if entry.pair in self._past), None)
+        self._past.update((entry.pair, now_s) for entry in causes)
         self._open.clear()
         if again is None:
             return Ruling(first, None, "nobody is known to be lost")
@@ -77,6 +81,15 @@ class Feuds:
         else:
             excluded, why = other, "either end may be at fault, and its worker id is the higher one"
         return Ruling(again, excluded, f"the connection between them failed again; {why}")
+
+    def _causes(self) -> list[Suspicion]:
+        """The open complaints that are no consequences of others."""
+        complaining = {accuser for accuser, _ in self._open}
+        return [
+            entry
+            for (accuser, accused), entry in self._open.items()
+            if accused not in complaining or (accused, accuser) in self._open
+        ]
 
     def _opponents(self, worker_id: int) -> int:
         return sum(worker_id in pair for pair in self._past)

@@ -62,6 +62,9 @@ from ringps.wire.control import (
     clip,
 )
 
+JOINER_PATIENCE_S = 30.0
+"""How long a worker that is to join may be silent before it is a member."""
+
 NOTES = frozenset({"straggler", "diverged", "recovered", "state_fetched"})
 """The events that members may have written into the events file."""
 
@@ -227,10 +230,13 @@ class Quorum:
             self._out.send(peer, self._ring.lost)
             return None
         self._peers.write_down(hello.session, peer)
-        worker = self._roster.admit(hello, Phase.JOINING if self._state.survives else Phase.WAITING)
+        joins = self._state.survives
+        worker = self._roster.admit(hello, Phase.JOINING if joins else Phase.WAITING)
         for session in self._roster.prune():
             self._peers.cross_out(session)
-        self._detector.watch(hello.worker_id, now_s)
+        # Nobody waits for one that joins, and importing a script's modules may hold up its beats for seconds.
+        patience_s = max(JOINER_PATIENCE_S, self._settings.timeouts.heartbeat_timeout_s)
+        self._detector.watch(hello.worker_id, now_s, patience_s=patience_s if joins else None)
         catch_up(self._state, self._succession, worker)
         return None
 

@@ -348,6 +348,7 @@ class Succession:
                 )
                 for worker in joiners:
                     worker.feed = feed
+                    state.detector.hurry(worker.worker_id)
                 state.out.tell_all(joiners, feed)
                 self._joined.update((worker, (step, reason)) for worker in joiners)
                 self._reform([*ring.remaining, *joiners], reason)

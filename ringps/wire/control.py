@@ -419,7 +419,7 @@ class JobFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobDone:
-    """Every worker of the job exited with code 0."""
+    """The job came to a good end: all workers exited with code 0, but for those that the ring did without."""
 
 
 FromWorker = (

@@ -1,6 +1,6 @@
 """The header in front of every chunk on a data connection.
 
-Little-endian, 44 bytes, followed by the payload as a ZeroMQ part of its own:
+Little-endian, 48 bytes, followed by the payload (over ZeroMQ, a part of its own):
 
 ====== ==== =============================================================
 offset type field
@@ -15,7 +15,8 @@ offset type field
 28     u32  step of the schedule
 32     u32  chunk index in that step
 36     u32  payload length in bytes
-40     u32  CRC-32 of bytes 0 to 39
+40     u32  checksum of the payload, or 0 if it is not to be checked
+44     u32  CRC-32 of bytes 0 to 43
 ====== ==== =============================================================
 """
 
@@ -28,9 +29,9 @@ from zlib import crc32
 from ringps.errors import FrameError
 
 MAGIC = b"rp"
-VERSION = 1
+VERSION = 2
 
-_BODY = struct.Struct("<2sBBIQQIIII")
+_BODY = struct.Struct("<2sBBIQQIIIII")
 _CHECK = struct.Struct("<I")
 HEADER_BYTES = _BODY.size + _CHECK.size
 
@@ -45,10 +46,12 @@ class ChunkHeader(NamedTuple):
     step: int
     chunk: int
     payload_bytes: int
+    payload_check: int = 0
+    """See `kernels.digest.checksum`."""
 
 
 def encode(header: ChunkHeader) -> bytes:
-    """The 44 bytes of a header."""
+    """The 48 bytes of a header."""
     body = _BODY.pack(MAGIC, VERSION, 0, *header)
     return body + _CHECK.pack(crc32(body))
 

@@ -9,6 +9,7 @@ import pytest
 from ringps.membership.coordinator import CoordinatorSettings
 from ringps.membership.feuds import MEMORY_S, Feuds
 from ringps.membership.plan import JobPlan
+from ringps.membership.quorum import JOINER_PATIENCE_S
 from ringps.membership.returning import NUMBERS_SKIPPED, Returning
 from ringps.membership.roster import MAX_REPLACED, Phase, Roster
 from ringps.membership.vacancies import Vacancies
@@ -583,7 +584,9 @@ class TestJoining:
             job.ends(2, 2002, 1)
         else:
             job.beating.discard(2)
-            job.sleep(3.5)
+            job.sleep(JOINER_PATIENCE_S - 0.5)
+            assert not job.heard("l0", Expel)
+            job.sleep(1.0)
             assert [(expel.worker_id, expel.pid) for expel in job.heard("l0", Expel)] == [(2, 2002)]
         assert job.event("joiner_lost")["worker_id"] == 2
         assert job.heard("w0", Joiners)[-1].worker_ids == ()
@@ -946,10 +949,20 @@ class TestSuspecting:
 
     def test_whoever_quarrels_with_more_is_excluded(self) -> None:
         job = elastic(4)
-        self.again(job, ("w0", 3), ("w1", 0))
+        self.again(job, ("w0", 3))
+        self.again(job, ("w1", 0))
         self.again(job, ("w3", 0))
         assert job.members("w1") == [1, 2, 3]
         assert "more of the members" in job.reason("w1")
+
+    def test_a_complaint_about_a_complainer_is_a_consequence(self) -> None:
+        job = elastic(4)
+        self.again(job, ("w1", 0), ("w0", 3), ("w3", 0))
+        self.again(job, ("w1", 0))
+        assert job.members("w0") == [0, 1, 2, 3]
+        self.again(job, ("w2", 0), ("w0", 1))
+        assert job.members("w2") == [1, 2, 3]
+        assert "rank 0 cannot reach rank 1" in job.reason("w2")
 
     def test_old_quarrels_are_forgotten(self) -> None:
         job = elastic()

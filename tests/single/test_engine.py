@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from ringps import probe
 from ringps.collectives import Communicator
 from ringps.config import Config, Exchange
 from ringps.errors import CollectiveError, PeerLostError
 from ringps.testing import MemoryRing, run_ring
+from ringps.wire.header import decode
 from tests.rings import RINGS, small_chunks
 
 CONFIG = Config()
@@ -176,3 +179,39 @@ def test_up_to_a_size_a_tensor_takes_few_steps(name: str, numel: int) -> None:
 
     sent = run_ring(4, work, config, transports=RINGS[name](4, config))
     assert sent == [2 if numel <= 16 and name != "zmq" else 6] * 4
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_a_payload_that_changed_on_its_way_breaks_the_link(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, changed = threading.Lock(), []
+
+    def listen(point: str, passed: dict[str, Any]) -> None:
+        with lock:
+            if point == "chunk" and passed["payload"].nbytes and not changed:
+                garbled = bytearray(passed["payload"])
+                garbled[0] ^= 1
+                passed["payload"] = memoryview(garbled)
+                changed.append(point)
+
+    monkeypatch.setattr(probe, "listener", listen)
+    with pytest.raises(PeerLostError, match="wrong checksum"):
+        run_ring(3, lambda ring: ring.all_reduce(torch.ones(size)), transports=RINGS["tcp"](3, CONFIG))
+    assert changed
+
+
+def test_payloads_above_the_limit_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def listen(point: str, passed: dict[str, Any]) -> None:
+        header = decode(passed["header"])
+        seen.add((header.payload_bytes, header.payload_check > 0))
+
+    monkeypatch.setattr(probe, "listener", listen)
+    config = Config(exchange=Exchange(checked_bytes=400, doubling_bytes=0))
+    for size in (200, 202):
+        run_ring(
+            2, lambda ring, n=size: ring.all_reduce(torch.ones(n)), config, transports=RINGS["tcp"](2, config)
+        )
+    assert {(400, True), (404, False)} <= seen

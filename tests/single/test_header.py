@@ -11,7 +11,7 @@ from ringps.wire.header import HEADER_BYTES, ChunkHeader, decode, encode
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
-headers = st.builds(ChunkHeader, u32, u64, u64, u32, u32, u32, u32)
+headers = st.builds(ChunkHeader, u32, u64, u64, u32, u32, u32, u32, u32)
 
 
 @given(headers)
@@ -45,8 +45,8 @@ def test_truncated_is_refused(header: ChunkHeader, length: int) -> None:
 def test_bytes_are_as_recorded(golden: object) -> None:
     samples = [
         ChunkHeader(1, 1, 0, 0, 0, 0, 0),
-        ChunkHeader(2, 7, 0x0123456789ABCDEF, 3, 4, 5, 1 << 20),
-        ChunkHeader(2**32 - 1, 2**64 - 1, 2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1),
+        ChunkHeader(2, 7, 0x0123456789ABCDEF, 3, 4, 5, 1 << 20, 0x89ABCDEF),
+        ChunkHeader(2**32 - 1, 2**64 - 1, 2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1),
     ]
     lines = [f"{header}\n  {encode(header).hex(' ', 4)}" for header in samples]
     golden("chunk_headers.txt", "\n".join(lines) + "\n")  # type: ignore[operator]

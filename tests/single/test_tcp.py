@@ -24,7 +24,7 @@ from ringps.transport.keys import JobKey
 from ringps.transport.tcp import TcpListener, TcpTransport
 from ringps.transport.tcp_handshake import Hello
 from ringps.transport.tcp_probe import least_sufficient
-from ringps.wire.header import ChunkHeader, encode
+from ringps.wire.header import HEADER_BYTES, ChunkHeader, encode
 from tests.rings import tcp_ring, views
 
 CONFIG = Config()
@@ -215,11 +215,13 @@ def towards(port: int) -> TcpTransport:
 FRAME = ChunkHeader(1, 1, 7, 0, 0, 0, 1000)
 
 
-@pytest.mark.parametrize("sent", [0, 20, 44, 500])
+@pytest.mark.parametrize("sent", [0, 20, HEADER_BYTES, 500])
 def test_a_peer_that_dies_in_the_middle_of_a_frame_is_lost(lone: TcpTransport, sent: int) -> None:
     peer = FakePeer(lone)
     peer.meet(lone)
-    peer.socket.sendall((encode(FRAME) + bytes(1000) + encode(FRAME) + bytes(1000))[: 1044 + sent])
+    peer.socket.sendall(
+        (encode(FRAME) + bytes(1000) + encode(FRAME) + bytes(1000))[: HEADER_BYTES + 1000 + sent]
+    )
     peer.socket.close()
     turn_until(lambda: lone.receive(0, anywhere), lone)
     with pytest.raises(PeerLostError, match=r"rank 0 .* data connection closed"):
