@@ -27,7 +27,7 @@ class CommitCosts:
         wrap = self._wrapped
         names = vars(passes)
         names["digest"] = wrap("hash", names["digest"])
-        passes.Pass._gather_account = wrap("account", passes.Pass._gather_account)  # type: ignore[method-assign]
+        passes.Pass._ask_for_account = wrap("account", passes.Pass._ask_for_account)  # type: ignore[method-assign]
         ElasticCommunicator._vote = wrap("vote", ElasticCommunicator._vote)  # type: ignore[method-assign]
         CommitWatch.parameters = wrap("parameters", CommitWatch.parameters)  # type: ignore[method-assign]
 

@@ -8,6 +8,7 @@ import torch
 
 from ringps.buckets.layout import Bucket
 from ringps.buckets.ring import PendingReduction, ReductionRing
+from ringps.kernels.digest import Digest
 
 
 class FlatBucket:
@@ -102,15 +103,20 @@ class FlatBucket:
             if parameter.grad is not None and parameter.grad is not view:
                 parameter.grad = view
 
-    def launch(self, op: str, label: str, then: Callable[[], object] | None) -> PendingReduction:
+    def launch(
+        self, op: str, label: str, then: Callable[[], object] | None, digest: Digest | None
+    ) -> PendingReduction:
         """Start the reduction of the input, which must be complete, to the output.
 
         Args:
             op: how to combine.
             label: names it in messages, and the same on all ranks.
             then: called when it is done, on any thread.
+            digest: is fed with the output where that costs little.
         """
-        return self._ring.raw.all_reduce_into(self._output, self._input, op, label=label, then=then)
+        return self._ring.raw.all_reduce_into(
+            self._output, self._input, op, label=label, then=then, digest=digest
+        )
 
     def blank(self) -> None:
         """Let this rank contribute nothing."""

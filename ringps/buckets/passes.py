@@ -16,7 +16,7 @@ from ringps import probe
 from ringps.buckets.flat import FlatBucket
 from ringps.buckets.ring import PendingReduction, ReductionRing
 from ringps.errors import PeerLostError, RingChangedError
-from ringps.kernels.digest import EMPTY, combine, digest
+from ringps.kernels.digest import EMPTY, Digest, combine
 from ringps.ring.commit import Ballot
 
 
@@ -107,6 +107,7 @@ class Pass:
         """What the ranks contributed, by rank and batch; empty where that need not be known."""
         self.account_rank = 0
         """This rank in `account`."""
+        self._asked: tuple[PendingReduction, torch.Tensor, int] | None = None
         self._handed: list[PendingReduction] = []
         self._digests = [EMPTY] * len(buckets)
         self._broken: PeerLostError | RingChangedError | None = None
@@ -165,16 +166,26 @@ class Pass:
         if probe.listener is not None:
             probe.reached("bucket", step=terms.step, bucket=number, attempt=self._attempt)
         op = "mean" if terms.weight is None else "sum"
-        then = partial(self._arrived, number) if self._ring.elastic else None
-        self._handed.append(self._buckets[number].launch(op, f"{terms.label}, bucket {number}", then))
+        bucket, label = self._buckets[number], f"{terms.label}, bucket {number}"
+        if not self._ring.elastic:
+            self._handed.append(bucket.launch(op, label, None, None))
+            return
+        if number == 0:
+            self._ask_for_account()
+        hashed = Digest()
+        # Whoever listens may change the result before it is hashed.
+        fed = hashed if probe.listener is None else None
+        self._handed.append(bucket.launch(op, label, partial(self._arrived, number, hashed), fed))
 
-    def _arrived(self, number: int) -> None:
-        """A bucket's result is there; on the thread that reduced it, while it is in cache."""
+    def _arrived(self, number: int, hashed: Digest) -> None:
+        """A bucket's result is there; on the thread that reduced it."""
         output = self._buckets[number].output
         if probe.listener is not None:
             step = self._terms.step
             probe.reached("reduced", step=step, bucket=number, tensor=output, attempt=self._attempt)
-        self._digests[number] = digest(output)
+        if not hashed.fed:
+            hashed.add(output)
+        self._digests[number] = hashed.value()
 
     def _tell(self) -> None:
         if probe.listener is not None:
@@ -195,10 +206,11 @@ class Pass:
             handle.wait()
         if not self._ring.elastic:
             return EMPTY
-        return combine([*self._digests, self._gather_account()])
+        return combine([*self._digests, self._read_account()])
 
-    def _gather_account(self) -> bytes:
-        """Learn what the ranks contributed to this attempt; returns it as bytes."""
+    def _ask_for_account(self) -> None:
+        """Begin to learn what the ranks contribute to this attempt, before the buckets."""
+        self._asked = None
         if self._samples is not None:
             known = self._samples.entries(excluded=self._blank)
             # A rank that had no backward knows of one batch only.
@@ -208,10 +220,18 @@ class Pass:
             # The latter as healing may have ended on some ranks only, when it was interrupted.
             entries = torch.tensor([[0 if self._blank else 1]])
         else:
-            return EMPTY
-        self.account_rank = self._ring.rank
+            return
         everyones = torch.empty((self._ring.world_size, *entries.shape), dtype=torch.int64)
-        self._ring.raw.all_gather(everyones, entries)
+        pending = self._ring.raw.all_gather(everyones, entries, async_op=True)
+        self._asked = pending, everyones, self._ring.rank
+
+    def _read_account(self) -> bytes:
+        """What the ranks contributed to this attempt, as bytes."""
+        if self._asked is None:
+            self.account = []
+            return EMPTY
+        pending, everyones, self.account_rank = self._asked
+        pending.wait()
         self.account = everyones.tolist()
         return everyones.numpy().tobytes()
 

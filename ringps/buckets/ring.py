@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ringps.kernels.digest import Digest
+
 
 class PendingReduction(Protocol):
     """A reduction under way."""
@@ -56,9 +58,11 @@ class ReductionRing(Protocol):
         *,
         label: str = "",
         then: Callable[[], object] | None = None,
+        digest: Digest | None = None,
     ) -> PendingReduction:
         """Start to combine `input` over all ranks into `output`; `input` is only read. `then` is called
-        when that is done, before the reduction counts as ended, on any thread."""
+        when that is done, before the reduction counts as ended, on any thread. `digest` is fed with the
+        output where that costs little."""
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Any:
         """Concatenate every rank's `input`; a `PendingReduction` if `async_op`."""

@@ -13,6 +13,7 @@ from ringps.collectives.call import Call
 from ringps.collectives.handle import Handle
 from ringps.errors import RingpsError
 from ringps.kernels.cpu import ReduceOp
+from ringps.kernels.digest import Digest
 from ringps.transport.base import TransportStatistics
 
 REDUCTIONS = ("all_reduce", "reduce_scatter")
@@ -46,6 +47,10 @@ class Work(NamedTuple):
 
     finish: Callable[[], object] | None
     """Called once when the output is complete, on the thread that completed it."""
+
+    digest: Digest | None = None
+    """Where the output's parts go while they are in cache, in an order that is the same on all ranks. A
+    backend that would have to read them again leaves it alone."""
 
 
 def call_of(work: Work, chunk_numel: int = 0, *, doubles: bool = False) -> Call:

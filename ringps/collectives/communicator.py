@@ -12,6 +12,7 @@ import torch
 from ringps.collectives.backend import Backend, EngineStatistics, Work
 from ringps.collectives.handle import Handle
 from ringps.kernels.cpu import ReduceOp, check_reducible
+from ringps.kernels.digest import Digest
 from ringps.ring.commit import Ballot, Vote
 from ringps.ring.topology import Generation
 
@@ -144,6 +145,7 @@ class Communicator:
         *,
         label: str = "",
         then: Callable[[], object] | None = None,
+        digest: Digest | None = None,
     ) -> Handle:
         """As `all_reduce`, out of place and asynchronous; `input` is only read.
 
@@ -153,6 +155,7 @@ class Communicator:
             op: as for `all_reduce`.
             label: a name for error messages; the same on all ranks.
             then: called when the output is complete, before the handle is done, on any thread.
+            digest: is fed with the output where that costs little; see `backend.Work`.
 
         Raises:
             ValueError: tensors that differ or are not contiguous, or as `all_reduce`.
@@ -167,7 +170,8 @@ class Communicator:
             raise ValueError("all_reduce_into needs contiguous tensors")
         source, target = input.detach().view(-1), output.detach().view(-1)
         checked = check_reducible(input.dtype, op)
-        return self._backend.start(_work("all_reduce", input, source, target, then, op=checked, label=label))
+        work = _work("all_reduce", input, source, target, then, op=checked, label=label)
+        return self._backend.start(work._replace(digest=digest))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False

@@ -6,7 +6,9 @@ XXH3 with 128 bits (Collet, 2019): faster than memory can be read. It notices ac
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -22,6 +24,27 @@ def digest(*tensors: torch.Tensor) -> bytes:
             hasher.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     found: bytes = hasher.digest()
     return found
+
+
+class Digest:
+    """The hash of a tensor that is being written, fed part by part while the parts are in cache."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+        self.fed = False
+        """Whether it was given anything."""
+
+    def add(self, block: torch.Tensor | np.ndarray[Any, Any]) -> None:
+        """A contiguous part is as it will stay. All ranks must add the same parts in the same order."""
+        self.fed = True
+        if isinstance(block, torch.Tensor):
+            block = block.view(torch.uint8).numpy()
+        self._hasher.update(block.data)
+
+    def value(self) -> bytes:
+        """16 bytes over all that was added."""
+        found: bytes = self._hasher.digest()
+        return found
 
 
 def checksum(payload: memoryview) -> int:

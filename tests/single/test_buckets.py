@@ -223,10 +223,10 @@ def test_buckets_follow_the_order_in_which_rank_0_gets_its_gradients() -> None:
             def __getattr__(self, name: str) -> Any:
                 return self if name == "raw" else getattr(ring, name)
 
-            def all_reduce_into(self, *args: Any, label: str, then: None) -> Handle:
+            def all_reduce_into(self, *args: Any, label: str, **kw: Any) -> Handle:
                 arrived = sum(one.grad is not None for one in model.parameters())
                 labels.append(f"{label} after {arrived}")
-                return ring.all_reduce_into(*args, label=label, then=then)
+                return ring.all_reduce_into(*args, label=label, **kw)
 
         model = Branches()
         optimizer = wrap(model, Recorder(), bucket_cap_bytes=400)

@@ -15,8 +15,8 @@ import ringps
 from ringps import errors
 
 FUNCTIONS = {
-    "all_gather", "all_reduce", "barrier", "broadcast", "empty", "generation", "init", "joining", "local_rank",
-    "rank", "reduce_scatter", "shutdown", "worker_id", "world_size",
+    "all_gather", "all_reduce", "barrier", "broadcast", "empty", "generation", "init", "joining",
+    "local_rank", "rank", "reduce_scatter", "shutdown", "worker_id", "world_size",
 }  # fmt: skip
 CLASSES = {
     "Config", "DistributedOptimizer", "ElasticBatchSampler", "Exchange", "Recovery", "Timeouts",

@@ -26,7 +26,7 @@ class SharedMemory:
         group.spin = spin
         key = sequence, call.signature
         if work.kind == "all_reduce":
-            group.all_reduce(key, work.source, work.output, work.op, group.size)
+            group.all_reduce(key, work.source, work.output, work.op, group.size, work.digest)
         elif work.kind == "reduce_scatter":
             group.reduce_scatter(key, work.source, work.output, work.op, group.size)
         elif work.kind == "all_gather":

@@ -37,6 +37,7 @@ from ringps.collectives.shm.sources import Part, Source
 from ringps.config import MOST_DOUBLING_BYTES
 from ringps.errors import CollectiveError
 from ringps.kernels.cpu import ReduceOp
+from ringps.kernels.digest import Digest
 from ringps.kernels.fold import Block, Fold, fold_of
 from ringps.ring.partition import Slice, partition
 
@@ -116,9 +117,16 @@ class LocalGroup:
         self.meet(call)
 
     def all_reduce(
-        self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor, op: ReduceOp, world_size: int
+        self,
+        call: tuple[int, int],
+        source: torch.Tensor,
+        output: torch.Tensor,
+        op: ReduceOp,
+        world_size: int,
+        digest: Digest | None = None,
     ) -> None:
-        """Every member's `output`, which may be `source`, becomes the reduction of all sources."""
+        """Every member's `output`, which may be `source`, becomes the reduction of all sources. Its parts go
+        to `digest`, if there is one, as they become complete."""
         fold = fold_of(source.dtype, op)
         if source.nbytes <= self._small_bytes:
             self._all_reduce_small(call, fold, source, output, world_size)
@@ -140,6 +148,9 @@ class LocalGroup:
             self.stage(own, pieces, at + 1)
             self.phase()
             self.collect(fold, piece, box, out, () if last else outputs)
+            if digest is not None:
+                for start, stop in piece:
+                    digest.add(out[start:stop])
 
     def reduce_scatter(
         self, call: tuple[int, int], source: torch.Tensor, output: torch.Tensor, op: ReduceOp, world_size: int
