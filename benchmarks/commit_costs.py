@@ -9,12 +9,12 @@ from typing import Any
 
 from ringps.buckets import passes
 from ringps.collectives import ElasticCommunicator
-from ringps.kernels.digest import EMPTY
+from ringps.kernels.digest import EMPTY, Digest
 from ringps.optim.watch import CommitWatch
 
 PARTS = ("hash", "account", "vote", "parameters")
-"""Hashing reduced buckets; telling each other which samples took part; the vote; hashing all parameters, in
-the steps that compare them."""
+"""Hashing reduced buckets; asking which samples took part, and reading the answer (but for the all-gather in
+between, in the background); the vote; hashing all parameters, in the steps that compare them."""
 
 
 class CommitCosts:
@@ -25,9 +25,9 @@ class CommitCosts:
         self._spent = dict.fromkeys(PARTS, (0.0, 0.0))
         self._process_s = time.process_time()
         wrap = self._wrapped
-        names = vars(passes)
-        names["digest"] = wrap("hash", names["digest"])
+        Digest.add = wrap("hash", Digest.add)  # type: ignore[method-assign]
         passes.Pass._ask_for_account = wrap("account", passes.Pass._ask_for_account)  # type: ignore[method-assign]
+        passes.Pass._read_account = wrap("account", passes.Pass._read_account)  # type: ignore[method-assign]
         ElasticCommunicator._vote = wrap("vote", ElasticCommunicator._vote)  # type: ignore[method-assign]
         CommitWatch.parameters = wrap("parameters", CommitWatch.parameters)  # type: ignore[method-assign]
 

@@ -401,7 +401,7 @@ def test_settings_that_would_mix_up_small_and_large_are_refused() -> None:
     )
 
     def form(rank: int) -> None:
-        with pytest.raises(SetupError, match="different settings of ringps.Exchange"):
+        with pytest.raises(SetupError, match=r"different settings of ringps\.Exchange"):
             doors[rank].form(Generation(number=1, members=members, rank=rank), None)  # type: ignore[arg-type]
 
     on_threads(2, form)
