@@ -15,7 +15,7 @@ import torch
 from ringps import probe
 from ringps.buckets.flat import FlatBucket
 from ringps.buckets.ring import PendingReduction, ReductionRing
-from ringps.errors import PeerLostError, RingChangedError
+from ringps.errors import PeerLostError, RingChangedError, RingpsError
 from ringps.kernels.digest import EMPTY, Digest, combine
 from ringps.ring.commit import Ballot
 
@@ -157,7 +157,7 @@ class Pass:
         while self._handed:
             try:
                 self._handed.pop(0).wait()
-            except (PeerLostError, RingChangedError):
+            except RingpsError:
                 if not self._ring.elastic:
                     raise
 
