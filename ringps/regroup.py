@@ -96,7 +96,7 @@ class Regroup:
         assert old is not None and view is not None
         if isinstance(error, PeerLostError):
             # Said before the connections close, which others will complain about.
-            self.link.suspect(view.number, error.blames, error.reason)
+            self.link.suspect(view.number, error.blames, error.reason, forming=False)
         old.fail(error)
         old.close()
         view, formed = self._form(self.link.next_generation(self._bind))
@@ -210,7 +210,7 @@ class Regroup:
             except RingChangedError:
                 pass
             except PeerLostError as lost:
-                self.link.suspect(view.number, lost.blames, lost.reason)
+                self.link.suspect(view.number, lost.blames, lost.reason, forming=True)
             self._doors.close()
             if self._backend is not None:
                 self._backend.close()

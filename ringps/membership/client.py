@@ -315,9 +315,17 @@ class WorkerLink:
 
     # While a ring lasts.
 
-    def suspect(self, generation: int, worker_id: int, reason: str) -> None:
-        """That member cannot be reached over the data connections of `generation`. Any thread."""
-        self._channel.send(Suspect(generation=generation, worker_id=worker_id, reason=clip(reason)))
+    def suspect(self, generation: int, worker_id: int, reason: str, *, forming: bool) -> None:
+        """That member cannot be reached over the data connections of `generation`. Any thread.
+
+        Args:
+            generation: the one whose connections they are.
+            worker_id: the member.
+            reason: in words.
+            forming: it was never met; else a connection to it broke.
+        """
+        suspect = Suspect(generation=generation, worker_id=worker_id, forming=forming, reason=clip(reason))
+        self._channel.send(suspect)
 
     def note(self, event: dict[str, Any]) -> None:
         """Have a line written to the events file. Any thread."""

@@ -196,8 +196,8 @@ class Quorum:
                 self._on_failing(worker, message, now_s)
             case Noted(event=event):
                 return self._on_noted(worker, event)
-            case Suspect(worker_id=accused, reason=reason):
-                return self._succession.suspect(worker, accused, reason, now_s)
+            case Suspect():
+                return self._succession.suspect(worker, message, now_s)
             case Admitting():
                 self._succession.admit_joiners()
             case Ready():

@@ -11,12 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringps.membership.ending import STOPPED_CODE, Ending
-from ringps.membership.feuds import Feuds
+from ringps.membership.feuds import Feuds, Suspicion
 from ringps.membership.joining import GiveUp, Join, Joining
 from ringps.membership.roster import Phase, Worker
 from ringps.membership.state import JobState
 from ringps.membership.vacancies import Vacancies
-from ringps.wire.control import Expel, Expelled, Feed, Joiners, Offer, Resume, WorkerExited, clip
+from ringps.wire.control import (
+    Expel,
+    Expelled,
+    Feed,
+    Joiners,
+    Offer,
+    Resume,
+    Suspect,
+    WorkerExited,
+    clip,
+)
 
 STOP_PATIENCE_S = 1.0
 """Too few remain after one was asked to leave: for how long the others may yet be asked too."""
@@ -84,12 +94,15 @@ class Succession:
         """The generation cannot go on, though nobody is gone."""
         self._changes.append(_Change(reason, None, reason, None, None, now_s))
 
-    def suspect(self, accuser: Worker, accused_id: int, reason: str, now_s: float) -> str | None:
+    def suspect(self, accuser: Worker, suspect: Suspect, now_s: float) -> str | None:
         """A member cannot reach another. None, or the reason for not looking into it."""
-        accused = self._state.roster.get(accused_id)
+        accused = self._state.roster.get(suspect.worker_id)
         if accused is None or accused is accuser or accused not in self._state.ring.remaining:
             return "suspect is no other member"
-        self._feuds.suspect(accuser.worker_id, accused_id, reason, now_s)
+        entry = Suspicion(
+            accuser.worker_id, accused.worker_id, suspect.reason, now_s, forming=suspect.forming
+        )
+        self._feuds.suspect(entry)
         return None
 
     def expel(self, worker: Worker) -> None:
@@ -264,16 +277,17 @@ class Succession:
         self._feuds.forget(worker.worker_id)
 
     def _judge(self, now_s: float) -> None:
-        ruling = self._feuds.judge(now_s)
+        remaining = self._state.ring.remaining
+        ruling = self._feuds.judge(now_s, {worker.worker_id: worker.host for worker in remaining})
         if ruling is None:
             return
         roster = self._state.roster
         accuser, accused = roster[ruling.first.accuser], roster[ruling.first.accused]
         complaint = f"rank {accuser.rank} cannot reach {accused.name}: {ruling.first.reason}; {ruling.reason}"
-        if ruling.excluded is None:
-            self._reform(self._state.ring.remaining, complaint)
-        else:
-            excluded = roster[ruling.excluded]
+        if not ruling.excluded:
+            self._reform(remaining, complaint)
+        for worker_id in ruling.excluded:
+            excluded = roster[worker_id]
             self.lose(excluded, f"excluded: {complaint}", now_s, code=1)
             self.expel(excluded)
             self.remind(excluded, now_s, at_once=True)

@@ -139,6 +139,8 @@ class Suspect:
 
     generation: Number
     worker_id: WorkerId
+    forming: Flag
+    """It was never met, though the generation was to form; else a connection to it broke."""
     reason: Reason
 
 

@@ -78,7 +78,7 @@ REPLAYS: tuple[Message, ...] = (
             Leaving(generation=generation, completed=7),
             Dispute(generation=generation, sequence=7),
             CallReport(generation=generation, sequence=7, call="barrier()"),
-            Suspect(generation=generation, worker_id=1, reason="a lie"),
+            Suspect(generation=generation, worker_id=1, forming=True, reason="a lie"),
             Admitting(generation=generation),
             Offer(generation=generation, step=9, joiners=(1,), address="127.0.0.1:1"),
             Departing(generation=generation, step=9),

@@ -82,7 +82,7 @@ EXAMPLES: tuple[Message, ...] = (
     CallReport(generation=1, sequence=17, call="all_reduce(1048576 x float32, sum)"),
     Leaving(generation=1, completed=100),
     Failing(reason="ValueError: Größe\n  in line 2", blames=None),
-    Suspect(generation=1, worker_id=2, reason="connection closed"),
+    Suspect(generation=1, worker_id=2, forming=False, reason="connection closed"),
     Admitting(generation=1),
     Ready(),
     Offer(generation=1, step=7, joiners=(3,), address="10.0.0.1:6666"),
@@ -220,7 +220,7 @@ class TestEveryMessage:
     def test_is_refused_with_a_field_of_the_wrong_kind(self, message: Message, wrong: Any) -> None:
         name = type(message).__name__
         for entry in dataclasses.fields(message):
-            if entry.name in ("encrypt", "encrypt_data", "elastic") and wrong is True:
+            if entry.name in ("encrypt", "encrypt_data", "elastic", "forming") and wrong is True:
                 continue
             if entry.name == "event" and isinstance(wrong, dict):
                 continue

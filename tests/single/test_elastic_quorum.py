@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ringps.membership.coordinator import CoordinatorSettings
-from ringps.membership.feuds import MEMORY_S, Feuds
+from ringps.membership.feuds import MEMORY_S, Feuds, Suspicion
 from ringps.membership.plan import JobPlan
 from ringps.membership.quorum import JOINER_PATIENCE_S
 from ringps.membership.returning import NUMBERS_SKIPPED, Returning
@@ -546,7 +546,7 @@ class TestJoining:
         job.join(1, "x")
         assert "joining later is not possible" in job.heard("x", Refused)[0].reason
         for message in (
-            Suspect(generation=1, worker_id=1, reason=""),
+            Suspect(generation=1, worker_id=1, forming=False, reason=""),
             Departing(generation=1, step=1),
             Offer(generation=1, step=1, joiners=(1,), address="a"),
         ):
@@ -901,8 +901,13 @@ class TestDeparting:
 
 
 class TestSuspecting:
-    def suspect(self, job: ElasticJob, peer: str, accused: int) -> None:
-        message = Suspect(generation=job.quorum.generation, worker_id=accused, reason="connection closed")
+    def suspect(self, job: ElasticJob, peer: str, accused: int, *, forming: bool = False) -> None:
+        message = Suspect(
+            generation=job.quorum.generation,
+            worker_id=accused,
+            forming=forming,
+            reason="connection closed",
+        )
         job.say(peer, message)
 
     def again(self, job: ElasticJob, *suspicions: tuple[str, int]) -> None:
@@ -973,12 +978,36 @@ class TestSuspecting:
 
     def test_a_successor_does_not_inherit_quarrels(self) -> None:
         feuds = Feuds(0.1)
-        feuds.suspect(0, 1, "", 0.0)
-        assert feuds.judge(0.1) is not None
+        hosts = {0: "a", 1: "a"}
+        feuds.suspect(Suspicion(0, 1, "", 0.0))
+        assert feuds.judge(0.1, hosts) is not None
         feuds.forget(1)
-        feuds.suspect(0, 1, "", 1.0)
-        ruling = feuds.judge(1.1)
-        assert ruling is not None and ruling.excluded is None
+        feuds.suspect(Suspicion(0, 1, "", 1.0))
+        ruling = feuds.judge(1.1, hosts)
+        assert ruling is not None and ruling.excluded == ()
+
+    def test_two_machines_between_which_nothing_passes(self) -> None:
+        job = ElasticJob(5, 1)
+        job.launch(0, 5, host="node-a")
+        for worker_id in range(5):
+            job.hello(worker_id, host="node-a" if worker_id in (0, 3) else "node-b")
+        job.bind_all("w0", "w1", "w2", "w3", "w4")
+        self.suspect(job, "w2", 3)
+        job.sleep(0.3)
+        assert len(job.members("w0")) == 5
+        job.bind_all("w0", "w1", "w2", "w3", "w4")
+        self.suspect(job, "w4", 0, forming=True)
+        self.suspect(job, "w3", 2, forming=True)
+        job.sleep(0.3)
+        assert job.members("w1") == [1, 2, 4]
+        assert "nothing passes between node-b and node-a" in job.reason("w1")
+        assert sorted(expel.worker_id for expel in job.heard("l0", Expel)) == [0, 3]
+
+    def test_a_first_generation_that_does_not_form_is_tried_again(self) -> None:
+        job = elastic(3)
+        self.suspect(job, "w2", 1, forming=True)
+        job.sleep(0.3)
+        assert job.members("w0") == [0, 1, 2]
 
     def test_whoever_has_left_is_asked_nothing(self) -> None:
         job = elastic(3, min_workers=2)
@@ -1002,7 +1031,7 @@ class TestSuspecting:
 
     def test_what_is_not_looked_into(self) -> None:
         job = elastic()
-        job.say("w0", Suspect(generation=0, worker_id=1, reason=""))
+        job.say("w0", Suspect(generation=0, worker_id=1, forming=False, reason=""))
         self.suspect(job, "w0", 0)
         self.suspect(job, "w0", 7)
         job.say("w2", Leaving(generation=1, completed=1))

@@ -143,7 +143,10 @@ class World:
 
     def suspect(self, process: Process, other: int) -> None:
         accused = other % self.world_size
-        self.say(process, Suspect(generation=process.generation, worker_id=accused, reason="closed"))
+        suspect = Suspect(
+            generation=process.generation, worker_id=accused, forming=other % 2 == 1, reason="closed"
+        )
+        self.say(process, suspect)
 
     def admit(self, process: Process, _: int) -> None:
         self.say(process, Admitting(generation=process.generation))
