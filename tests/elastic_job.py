@@ -29,6 +29,7 @@ parser.add_argument("--width", type=int, default=24)
 parser.add_argument("--optimizer", default="AdamW")
 parser.add_argument("--loaders", type=int, default=0)
 parser.add_argument("--scaled", action="store_true")
+parser.add_argument("--hangs-at", type=int, help="step in which the first worker 1 goes no further")
 options = parser.parse_args()
 torch.set_num_threads(1)
 ringps.init()
@@ -68,6 +69,9 @@ seen = 0
 for step, (batch, targets, indices) in state.steps(loader, until=options.until):
     time.sleep(0.01)
     note("batch", step=step, samples=indices.tolist())
+    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    while step == options.hangs_at and ringps.worker_id() == 1 and first_life:
+        signal.pause()
     loss = (model(batch) - targets).square().mean()
     opt.zero_grad()
     scaler.scale(loss).backward()

@@ -120,6 +120,19 @@ def test_no_step_is_lost_with_a_worker_and_another_takes_its_place(
     check_batches(ledgers, commits, losses=0 if number == signal.SIGTERM else 1)
 
 
+def test_a_script_that_hangs_is_what_is_lost_and_not_those_that_wait_for_it(site: Site) -> None:
+    with site.job("-n", "3", train=("--hangs-at", "30"), RINGPS_OP_TIMEOUT_S="2") as command:
+        await_ranks(command, 3, step=20)
+        await_ranks(command, 2)
+        await_ranks(command, 3)
+        [done] = site.end(command)
+    assert re.search(r"1 worker was lost on the way \(worker 1: .*\) and 1 replaced", done.last), done.last
+    [lost] = site.happened("worker_lost")
+    assert "has not come to the new generation for 2 s (op_timeout_s)" in lost["reason"]
+    assert site.sizes() == [3, 2, 3]
+    Ledgers(site.directory).check()
+
+
 def test_a_ring_shrinks_to_one_and_grows_again_with_all_that_makes_up_the_state(site: Site) -> None:
     """Scheduler, gradient scaler, dropout, and a loader with processes that read ahead."""
     with site.job("-n", "3", train=("--scaled", "--loaders", "2"), TMPDIR=str(site.directory)) as command:

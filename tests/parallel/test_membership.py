@@ -378,7 +378,7 @@ class TestRefusal:
     def test_a_ring_that_is_complete(self, site: Site) -> None:
         site.serve(1)
         site.join(site.worker(0))
-        with pytest.raises(RefusedError, match="the job's launchers are complete"):
+        with pytest.raises(RefusedError, match="joining later is not possible in this version"):
             site.worker(1).join(bind_to(1))
 
     def test_a_launcher_too_many(self, site: Site) -> None:
