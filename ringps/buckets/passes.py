@@ -254,9 +254,10 @@ class Pass:
     def _heal(self, right: int, wrong: tuple[int, ...]) -> None:
         """The parameters of `wrong` are not the others': repair them, and leave their gradients out."""
         assert self._listener is not None
-        self._listener.heal(right, wrong)
+        # First of all, for healing may be interrupted when the parameters are right already.
         self._healed = True
         if self._ring.rank in wrong:
             self._blank = True
             for bucket in self._buckets:
                 bucket.blank()
+        self._listener.heal(right, wrong)
