@@ -131,7 +131,7 @@ class WorkerLink:
         """The one that the newest generation of this worker came of."""
         self._feed: Feed | None = None
         self._resumed: Resume | None = None
-        self._joiners: tuple[int, ...] = ()
+        self._joiners: Joiners | None = None
         self._admitting = self._ready = False
         self._left: set[int] = set()
         self._all_left = False
@@ -263,7 +263,8 @@ class WorkerLink:
     @property
     def joiners(self) -> tuple[int, ...]:
         """Worker ids that are ready to join."""
-        return self._joiners
+        told = self._joiners
+        return told.worker_ids if told is not None and told.generation == self._generation else ()
 
     def admit(self) -> None:
         """This worker's script takes new members between its steps from now on."""
@@ -442,8 +443,9 @@ class WorkerLink:
                 self._on_prepare(message)
             case Form() if message.generation > self._generation:
                 self._set(_form=message)
-            case Joiners() if message.generation == self._generation:
-                self._set(_joiners=message.worker_ids)
+            case Joiners() if message.generation >= self._generation:
+                # It may come before this worker has entered the generation that it is about.
+                self._set(_joiners=message)
             case Feed():
                 self._set(_feed=message)
             case Resume():
@@ -485,7 +487,6 @@ class WorkerLink:
             if prepare == self._prepare:
                 return
             self._prepare, self._form = prepare, None
-            self._joiners = ()
             self._changed.notify_all()
         self._listener.on_changed(RingChangedError(prepare.reason))
 
