@@ -2,6 +2,7 @@
 
     python examples/gpt.py                          # alone
     ringps run -n 4 examples/gpt.py                 # the same script, on 4 workers
+    ringps run -n 4 examples/gpt.py --checkpoints ckpt      # stop it, and start it again
 
 Shapes: B sequences of this rank's batch, T bytes of context, D width, H heads.
 """
@@ -9,6 +10,7 @@ Shapes: B sequences of this rank's batch, T bytes of context, D width, H heads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sysconfig
 import time
@@ -137,6 +139,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus-bytes", type=int, default=4_000_000)
+    parser.add_argument("--checkpoints", metavar="DIR", help="where to save, and to go on from")
+    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--write", type=int, default=400, metavar="BYTES", help="length of the sample")
     options = parser.parse_args()
 
@@ -166,20 +170,25 @@ def main() -> None:
     report_every = max(1, options.steps // 10)
     loss_sum, loss_count, samples = 0.0, 0, 0
     start_s = time.perf_counter()
-    for step, pieces in state.steps(loader, until=options.steps):
-        loss = model.loss(pieces)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of the reduced gradients, as in one process
-        optimizer.step()
-        schedule.step()
-        loss_sum, loss_count = loss_sum + loss.item() * len(pieces), loss_count + len(pieces)
-        samples += options.batch
-        if step % report_every == 0 or step == options.steps:
-            mean_loss = mean_over_ranks(loss_sum, loss_count)
-            rate = samples / (time.perf_counter() - start_s)
-            say(f"step {step:4}/{options.steps}  loss {mean_loss:.3f}  {rate:6.1f} samples/s")
-            loss_sum, loss_count = 0.0, 0
+    with contextlib.ExitStack() as stack:
+        steps = state.steps
+        if options.checkpoints:
+            saving = ringps.Checkpointer(options.checkpoints, state, every_steps=options.save_every)
+            steps = stack.enter_context(saving).steps
+        for step, pieces in steps(loader, until=options.steps):
+            loss = model.loss(pieces)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of the reduced gradients, as in one process
+            optimizer.step()
+            schedule.step()
+            loss_sum, loss_count = loss_sum + loss.item() * len(pieces), loss_count + len(pieces)
+            samples += options.batch
+            if step % report_every == 0 or step == options.steps:
+                mean_loss = mean_over_ranks(loss_sum, loss_count)
+                rate = samples / (time.perf_counter() - start_s)
+                say(f"step {step:4}/{options.steps}  loss {mean_loss:.3f}  {rate:6.1f} samples/s")
+                loss_sum, loss_count = 0.0, 0
 
     final = validate(model, held_out, options.batch)
     say(f"validation loss {final:.3f} nats per byte (chance: {math.log(BYTES):.3f})")

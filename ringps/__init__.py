@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ringps.checkpoint.retention import Retention
+    from ringps.checkpoint.saver import Saving
     from ringps.collectives.functions import (
         all_gather,
         all_reduce,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ringps.errors import (
         AddressInUseError,
         AuthenticationError,
+        CheckpointError,
         ClosedError,
         CollectiveError,
         CollectiveMismatchError,
@@ -47,12 +50,14 @@ if TYPE_CHECKING:
         RingpsError,
         SetupError,
     )
-    from ringps.optim import DistributedOptimizer, TrainState
+    from ringps.optim import Checkpointer, DistributedOptimizer, TrainState
     from ringps.runtime import ElasticBatchSampler, init, shutdown
 
 __all__ = [
     "AddressInUseError",
     "AuthenticationError",
+    "CheckpointError",
+    "Checkpointer",
     "ClosedError",
     "CollectiveError",
     "CollectiveMismatchError",
@@ -70,9 +75,11 @@ __all__ = [
     "PeerLostError",
     "Recovery",
     "RefusedError",
+    "Retention",
     "RingBrokenError",
     "RingChangedError",
     "RingpsError",
+    "Saving",
     "SetupError",
     "Timeouts",
     "TrainState",
@@ -96,7 +103,9 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Config", "Exchange", "Recovery", "Timeouts"), "ringps.config"),
     **dict.fromkeys(("ElasticBatchSampler", "init", "shutdown"), "ringps.runtime"),
-    **dict.fromkeys(("DistributedOptimizer", "TrainState"), "ringps.optim"),
+    **dict.fromkeys(("Checkpointer", "DistributedOptimizer", "TrainState"), "ringps.optim"),
+    "Retention": "ringps.checkpoint.retention",
+    "Saving": "ringps.checkpoint.saver",
     **{name: "ringps.errors" for name in __all__ if name.endswith("Error")},
 }
 

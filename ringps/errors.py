@@ -18,6 +18,7 @@
     │   ├── CollectiveMismatchError     ranks called different collectives
     │   ├── CollectiveTimeoutError      a collective made no progress for op_timeout_s
     │   └── LayoutMismatchError         the ranks' models differ
+    ├── CheckpointError                 a checkpoint cannot be saved or restored
     ├── FrameError                      bytes from the wire that do not follow the protocol
     └── ClosedError                     you used something after you closed it
 
@@ -113,6 +114,10 @@ class CollectiveTimeoutError(CollectiveError):
 
 class LayoutMismatchError(CollectiveError):
     """The ranks' models differ; the message names the first parameter that does."""
+
+
+class CheckpointError(RingpsError):
+    """A checkpoint cannot be saved or restored; the message names it, and says why."""
 
 
 class FrameError(RingpsError):

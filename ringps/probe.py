@@ -23,6 +23,13 @@ point                     what is passed
 ``offer``                 pauses, and serves its state to a joining worker: `step`
 ``fetch``                 a joining worker is about to fetch a piece of the state: `step`, `piece`
 ``fed``                   a joining worker holds the state, before it says so: `step`
+``save_write``            the next block of a checkpoint's file is about to be written: `path` (in the
+                          checkpoint directory), `written` (bytes of the file so far)
+``save_publish``          a checkpoint is made visible: `path`, `stage` (``"manifest"``: it is about to be
+                          written; ``"rename"``: it is, and lies in the aside; ``"done"``)
+``saved``                 this rank knows that a checkpoint is whole: `saved` (its step), `lane` (0: in the
+                          first directory, 1: in the durable one)
+``restore``               a checkpoint is about to be tried: `entry` (its name)
 ========================= ========================================================================
 
 Whoever listens may change what is passed, block, or end the process.

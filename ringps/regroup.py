@@ -53,6 +53,8 @@ class Regroup:
         self._leaving = False
         self.departed = False
         """This worker has left the ring in order, before the others."""
+        self.suspended = False
+        """The job stops at a checkpoint, and its last members leave because of that."""
 
     @property
     def backend(self) -> Backend | None:
@@ -148,6 +150,9 @@ class Regroup:
 
     def ask_to_leave(self) -> None:
         self._leaving = True
+
+    def suspend(self) -> None:
+        self.suspended = True
 
     def _fetch(self, feed: Feed) -> Fetched:
         token = JobKey(feed.token_public.encode(), feed.token_secret.encode())

@@ -69,7 +69,7 @@ def init(config: Config | None = None) -> None:
     env = worker_env.read()
     _ring = _join(env, config) if env is not None else _alone(config)
     use(_ring.communicator)
-    admission.use(_ring.regroup if _ring.communicator.elastic else None)
+    admission.use(_ring.regroup)
 
 
 def shutdown() -> None:
@@ -163,7 +163,7 @@ def _finish(ring: _Ring) -> None:
         try:
             ring.backend.drain()
             if ring.regroup is not None:
-                ring.regroup.link.leave(ring.backend.completed)
+                ring.regroup.link.leave(ring.backend.completed, suspended=ring.regroup.suspended)
             return
         except (PeerLostError, RingChangedError) as error:
             if not isinstance(ring.communicator, ElasticCommunicator):

@@ -11,6 +11,13 @@ from dataclasses import dataclass, fields, replace
 
 from ringps.config import Config, Exchange, Recovery, Timeouts, TransportName
 
+SUSPENDED_CODE = 75
+"""What a worker exits with, and then the launcher and the coordinator, when the job stopped at a checkpoint
+and the same command goes on from there: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+CHECKPOINT_DIR = "RINGPS_CHECKPOINT_DIR"
+"""The variable that `checkpoint_dir` reads."""
+
 _PREFIX = "RINGPS_"
 
 
@@ -83,6 +90,12 @@ def read(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
         local_world_size=whole("LOCAL_WORLD_SIZE"),
         transport=environ.get(_PREFIX + "TRANSPORT", "auto"),  # type: ignore[arg-type]
     )
+
+
+def checkpoint_dir(environ: Mapping[str, str] | None = None) -> str | None:
+    """Where the launcher was told to save checkpoints: a path or a URL, or None if it was told nothing."""
+    environ = os.environ if environ is None else environ
+    return environ.get(CHECKPOINT_DIR) or None
 
 
 def configure(environ: Mapping[str, str] | None = None) -> Config:

@@ -14,9 +14,11 @@ from ringps.membership.events import (
     Received,
     Refuse,
     Send,
+    StartAgain,
     Tick,
 )
 from ringps.membership.quorum import Quorum
+from ringps.membership.restarts import RingRestarts
 from ringps.wire.control import (
     Beat,
     Bound,
@@ -59,12 +61,19 @@ class Job:
         settle_s: float = 1.0,
         min_workers: int | None = None,
         token: str = "p" * 40,
+        restarts: RingRestarts | None = None,
+        first_generation: int = 1,
+        now_s: float = 100.0,
     ) -> None:
-        self.now_s = 100.0
+        self.now_s = now_s
         self.sent: list[tuple[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.refused: list[str] = []
         self.finished: list[str] = []
+        self.suspended: list[bool] = []
+        """Of those that finished, whether they stopped at a checkpoint."""
+        self.again: list[float] = []
+        """After which delay the ring is started again."""
         self.counts: dict[int, int] = {}
         self.beating: set[int] = set()
         self.quorum = Quorum(
@@ -75,8 +84,10 @@ class Job:
                 heartbeat_port=4242,
                 timeouts=TIMEOUTS,
                 min_workers=min_workers,
+                first_generation=first_generation,
             ),
             lambda: (token, "s" * 40),
+            restarts,
         )
 
     def say(self, peer: str, message: Any) -> None:
@@ -118,8 +129,11 @@ class Job:
                     self.events.append(event)
                 case Refuse(reason):
                     self.refused.append(reason)
-                case Finish(reason):
+                case Finish(reason, suspended):
                     self.finished.append(reason)
+                    self.suspended.append(suspended)
+                case StartAgain(delay_s):
+                    self.again.append(delay_s)
 
     def heard(self, peer: str, kind: type) -> list[Any]:
         """What a peer was told, of one kind."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ringps.errors import RingpsError
 from ringps_launcher.job import Job
+from ringps_launcher.options import Options
 
 _USAGE_ERROR = 2
 _FAILURE = 1
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_coordinator(
         commands.add_parser("coordinator", help="let launchers on several machines meet", allow_abbrev=False)
     )
+    _add_checkpoints(
+        commands.add_parser("checkpoints", help="list, verify or export checkpoints", allow_abbrev=False)
+    )
     return parser
 
 
@@ -98,7 +102,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=3,
         metavar="R",
         help="lost workers that are replaced on this machine, all in all (default: 3); meanwhile, the ring "
-        "goes on without them",
+        "goes on without them. When too few are left and there is a checkpoint, the whole ring is started "
+        "again from it, which counts as one, too; of a job on several machines, `ringps coordinator` has a "
+        "number of its own for that.",
+    )
+    add(
+        "--checkpoint-dir",
+        metavar="DIR",
+        type=_directory,
+        help="where ringps.Checkpointer saves, unless the script names a directory; a path or a URL",
     )
     add("--join", metavar="HOST:PORT", type=_address, help="the coordinator of a job on several machines")
     add("--key-file", metavar="FILE", help="the job key that the coordinator wrote; goes with --join")
@@ -116,7 +128,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=_seconds,
         default=10.0,
-        help="time from SIGTERM to SIGKILL (default: 10)",
+        help="time from SIGTERM to SIGKILL (default: 10); a job that is to stop at a checkpoint must have "
+        "finished it within this time",
     )
     add("script", metavar="SCRIPT", help="Python script, or module with -m")
     add("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="handed to the script")
@@ -143,8 +156,65 @@ def _add_coordinator(parser: argparse.ArgumentParser) -> None:
         help="workers of the whole job (default: of those launchers that come soon after each other)",
     )
     add("--min-workers", type=_count, default=1, metavar="M", help=_MIN_WORKERS)
+    add(
+        "--max-restarts",
+        type=_restarts,
+        default=3,
+        metavar="R",
+        help="how often the whole ring is started again, from the latest checkpoint, when too few workers "
+        "are left (default: 3)",
+    )
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
     add("--events", metavar="FILE", help="append what happens, one JSON object a line")
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Look into a checkpoint directory. DIR is a path, or a URL such as s3://BUCKET/PATH."
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
+    ls = commands.add_parser("ls", help="list the checkpoints in a directory", allow_abbrev=False)
+    verify = commands.add_parser("verify", help="read all files and check their hashes", allow_abbrev=False)
+    export = commands.add_parser("export", help="write one in another format", allow_abbrev=False)
+    ls.description = "List the checkpoints in DIR. Of their files only the sizes are looked at."
+    verify.description = "Read every byte of the checkpoints in DIR; exits with 1 if anything is damaged."
+    export.description = (
+        "Write the training state of a checkpoint to OUT: a file for torch.load, or a directory for "
+        "torch.distributed.checkpoint."
+    )
+    for command, handler in ((ls, _ls), (verify, _verify), (export, _export)):
+        command.set_defaults(handler=handler)
+        command.add_argument("directory", metavar="DIR", help="the checkpoint directory: a path or URL")
+    for command in (ls, verify):
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    newest = "the newest one that is whole"
+    for command, default in ((verify, "all"), (export, newest)):
+        command.add_argument(
+            "--step", type=_step, metavar="N", help=f"the checkpoints of step N (default: {default})"
+        )
+    add = export.add_argument
+    add("out", metavar="OUT", help="the file or directory to write; it must not exist")
+    formats = ("torch", "dcp")
+    add("--format", choices=formats, default="torch", help="what to write (default: torch)")
+    add("--force", action="store_true", help="replace OUT if it exists")
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from ringps_launcher import checkpoints
+
+    return checkpoints.ls(options.directory, as_json=options.json)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ringps_launcher import checkpoints
+
+    return checkpoints.verify(options.directory, options.step, as_json=options.json)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ringps_launcher import checkpoints
+
+    return checkpoints.export(
+        options.directory, options.out, options.step, options.format, force=options.force
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -167,12 +237,13 @@ def _run(options: argparse.Namespace) -> int:
         grace_s=options.grace,
         min_workers=options.min_workers or 1,
         max_restarts=options.max_restarts,
+        checkpoint_dir=options.checkpoint_dir,
     )
     from ringps_launcher import supervise  # loads ZeroMQ: only once the arguments are right
 
     return supervise.run(
         job,
-        supervise.Options(
+        Options(
             python=sys.executable,
             host=options.host or socket.gethostname(),
             join=options.join,
@@ -195,6 +266,7 @@ def _coordinator(options: argparse.Namespace) -> int:
             key_file=options.key_file,
             workers=options.workers,
             min_workers=options.min_workers,
+            max_restarts=options.max_restarts,
             encrypt_data=options.encrypt_data,
             events=options.events,
         ),
@@ -227,6 +299,16 @@ def _count(text: str) -> int:
     return count
 
 
+def _step(text: str) -> int:
+    try:
+        step = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if step < 0:
+        raise argparse.ArgumentTypeError(f"there is no step {step}")
+    return step
+
+
 def _restarts(text: str) -> int:
     try:
         count = int(text)
@@ -245,6 +327,12 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < 1e9:
         raise argparse.ArgumentTypeError(f"{text} seconds is no sensible time")
     return seconds
+
+
+def _directory(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no directory")
+    return text if "://" in text else os.path.abspath(text)
 
 
 def _ip(text: str) -> str:

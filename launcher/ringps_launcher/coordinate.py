@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ringps import worker_env
-from ringps.membership import Coordinator, CoordinatorSettings, JobKey
+from ringps.membership import Coordinator, CoordinatorSettings, JobKey, starting_again
+from ringps_launcher import stimuli
 from ringps_launcher.console import Console
-from ringps_launcher.events import EventLog
+from ringps_launcher.events import Journal
 from ringps_launcher.loop import Loop, stop_signals
 from ringps_launcher.network import parse_address
+from ringps_launcher.outcome import Saved, stopped_at
 
 SETTLE_S = 3.0
 """Without a number of workers: how long no launcher may have come before the job starts."""
@@ -39,6 +41,9 @@ class Options:
 
     min_workers: int = 1
     """With how many workers the ring still goes on."""
+
+    max_restarts: int = 3
+    """How often the whole ring is started again."""
 
     encrypt_data: bool = False
     """Encrypt data connections too."""
@@ -66,20 +71,21 @@ class Service:
         self._stops: deque[int] = deque()
         self._happened: deque[dict[str, Any]] = deque()
         self._over = False
+        self._saved: Saved | None = None
         self._loop = Loop()
         stack.callback(self._loop.close)
         self._loop.catch_signals(stop_signals(), self._stops.append)
         self._console = Console(self._loop, coloured=False)
         stack.callback(self._console.say_what_is_logged())
-        self._events = None if options.events is None else EventLog(options.events)
-        if self._events is not None:
-            stack.callback(self._events.close)
+        self._journal = Journal(options.events, self._console.say)
+        stack.callback(self._journal.close)
         host, port = parse_address(options.bind)
         settings = CoordinatorSettings(
             host=host,
             port=port,
             world_size=options.workers,
             min_workers=options.min_workers,
+            max_restarts=options.max_restarts,
             settle_s=SETTLE_S,
             encrypt_data=options.encrypt_data,
             timeouts=worker_env.configure(environ).timeouts,
@@ -118,15 +124,19 @@ class Service:
             number = self._stops.popleft()
             self._console.say(f"stopped: got {signal.Signals(number).name}")
             return 128 + number
+        if self._coordinator.suspended:
+            self._console.say(stopped_at(self._saved))
+            return worker_env.SUSPENDED_CODE
         return 0
 
     def _note(self, event: dict[str, Any]) -> None:
-        if self._events is not None:
-            try:
-                self._events.write(event)
-            except OSError as error:
-                self._events = None
-                self._console.say(f"{self._options.events} is cut off here: {error.strerror}")
+        self._journal.write(event)
+        meaning = stimuli.from_job_event(event)
+        if isinstance(meaning, stimuli.CheckpointSaved):
+            self._saved = meaning.saved
+        elif event["event"] == "ring_restarting":
+            outlook = starting_again(event["restarts_left"], self._options.max_restarts)
+            self._console.say(f"{event['reason']}; {outlook}")
 
     def _receive(self, event: dict[str, Any]) -> None:
         """On the coordinator's thread."""

@@ -10,7 +10,7 @@ from ringps_launcher.console import Console
 from ringps_launcher.guard import Guard
 from ringps_launcher.local import WorkerProcess
 from ringps_launcher.loop import Loop
-from ringps_launcher.output import RawLog, Stream
+from ringps_launcher.output import Logs, RawLog, Stream
 from ringps_launcher.plan import Seat
 
 _READ_BYTES = 64 * 1024
@@ -23,17 +23,17 @@ OnExit = Callable[[Seat, int], None]
 class Crew:
     """Starts workers and forwards what they print, until each has exited and been reaped."""
 
-    def __init__(self, loop: Loop, guard: Guard, console: Console, on_exit: OnExit) -> None:
+    def __init__(self, loop: Loop, guard: Guard, console: Console, logs: Logs, on_exit: OnExit) -> None:
         self._loop = loop
         self._guard = guard
         self._console = console
+        self._logs = logs
         self._on_exit = on_exit
         self._running: dict[int, WorkerProcess] = {}
         self._exited: list[WorkerProcess] = []
         self._pipes: list[Pipe] = []
-        self._logs: dict[int, RawLog] = {}
 
-    def start(self, seat: Seat, command: Sequence[str], log_dir: str | None) -> int:
+    def start(self, seat: Seat, command: Sequence[str]) -> int:
         """Start a worker; returns its process id. A replacement goes on in its predecessor's log.
 
         Raises:
@@ -41,9 +41,7 @@ class Crew:
             SetupError: its log file cannot be written.
         """
         self._retire(seat.worker_id)
-        if log_dir is not None and seat.worker_id not in self._logs:
-            self._logs[seat.worker_id] = RawLog(log_dir, seat.rank)
-        log = self._logs.get(seat.worker_id)
+        log = self._logs.open(seat.rank)
         worker = WorkerProcess(seat, command, self._guard)
         self._running[seat.worker_id] = worker
         self._loop.add_reader(worker.pidfd, partial(self._reap, worker))
@@ -54,11 +52,6 @@ class Crew:
             pipe = Pipe(seat.worker_id, descriptor, stream, log, self._loop, self._console)
             self._pipes.append(pipe)
         return worker.pid
-
-    def log_of(self, worker_id: int) -> str | None:
-        """Path of a worker's log file, if it has one."""
-        log = self._logs.get(worker_id)
-        return None if log is None else log.path
 
     def terminate(self, worker_ids: Iterable[int]) -> None:
         """Send SIGTERM to these workers."""
@@ -97,8 +90,6 @@ class Crew:
         self.finish()
         for worker in self._exited:
             worker.close()
-        for log in self._logs.values():
-            log.close()
 
     def _retire(self, worker_id: int) -> None:
         """Pass on what a predecessor in this seat printed last, and give its descriptors back."""

@@ -36,7 +36,11 @@ class Job:
     on several machines, the coordinator is told."""
 
     max_restarts: int = 3
-    """Lost workers that this launcher replaces, all in all."""
+    """Lost workers that this launcher replaces, all in all. Where it is the whole job, starting the whole
+    ring again counts as one."""
+
+    checkpoint_dir: str | None = None
+    """Where `ringps.Checkpointer` saves unless the script names a directory: an absolute path or a URL."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from ringps.worker_env import SUSPENDED_CODE
+
 _LISTED = 5
 
 
@@ -29,11 +31,26 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is whole."""
+
+    step: int
+    directory: str
+    """A path or a URL."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How the launcher ends, and why."""
+    """How a start of the workers here ended, and why."""
 
     code: int
     failure: Failure | None = None
+    restarts: bool = False
+    """After a failure: whether the whole ring is to be started again, if the budget allows."""
+    suspended: bool = False
+    """Whether the job stopped at a checkpoint, to go on another time."""
+    saved: Saved | None = None
+    """The newest checkpoint, of a job that stopped at one."""
     signal: int | None = None
     losses: tuple[Loss, ...] = ()
     """In order; of a job that came to a good end all the same."""
@@ -63,28 +80,44 @@ def describe_stop(number: int) -> str:
     return f"got {signal.Signals(number).name}"
 
 
-def last_line(outcome: Outcome, *, log: str | None, local: bool) -> str | None:
+def stopped_at(saved: Saved | None) -> str:
+    """What is said last of a job that stopped at a checkpoint."""
+    where = (
+        "at a checkpoint"
+        if saved is None
+        else f"after step {saved.step}, which is saved in {saved.directory}"
+    )
+    return f"stopped {where}; the same command goes on from there (exit code {SUSPENDED_CODE})"
+
+
+def failed(failure: Failure) -> str:
+    """Which worker failed, and why."""
+    where = f"worker {failure.worker_id} on {failure.host}"
+    return f"rank {failure.rank} ({where}) failed: {failure.reason}"
+
+
+def last_line(outcome: Outcome, *, log: str | None, local: bool, outlook: str = "") -> str | None:
     """What the launcher says last, or None after success without losses.
 
     Args:
+        outcome: of the last start.
         log: the failed worker's log file, if there is one.
         local: whether the failed worker ran on this machine.
+        outlook: why the ring is not started again, where it might have been.
     """
+    if outcome.suspended:
+        return stopped_at(outcome.saved)
     if outcome.failure is None:
         if outcome.signal is not None:
             return f"stopped: {describe_stop(outcome.signal)}"
         return _done_after_losses(outcome) if outcome.losses else None
-    failure = outcome.failure
     if not local:
-        where = f"its output is at the launcher on {failure.host}"
+        where = f"its output is at the launcher on {outcome.failure.host}"
     elif log is not None:
         where = f"its log is {log}"
     else:
         where = "its output is above; --log-dir DIR keeps it in a file"
-    return (
-        f"rank {failure.rank} (worker {failure.worker_id} on {failure.host}) failed: "
-        f"{failure.reason}; {where}"
-    )
+    return "; ".join(filter(None, (failed(outcome.failure), outlook, where)))
 
 
 def _done_after_losses(outcome: Outcome) -> str:

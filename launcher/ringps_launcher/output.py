@@ -150,3 +150,31 @@ class RawLog:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class Logs:
+    """The log files of all ranks that run here, each opened once and kept over all processes of its rank."""
+
+    def __init__(self, directory: str | None) -> None:
+        """`directory` is where they are; None for no logs."""
+        self._directory = directory
+        self._of: dict[int, RawLog] = {}
+
+    def open(self, rank: int) -> RawLog | None:
+        """This rank's log.
+
+        Raises:
+            SetupError: it cannot be written.
+        """
+        if self._directory is not None and rank not in self._of:
+            self._of[rank] = RawLog(self._directory, rank)
+        return self._of.get(rank)
+
+    def path_of(self, rank: int) -> str | None:
+        """Path of this rank's log, if it has one."""
+        log = self._of.get(rank)
+        return None if log is None else log.path
+
+    def close(self) -> None:
+        for log in self._of.values():
+            log.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ringps.worker_env import WorkerEnv
+from ringps.worker_env import CHECKPOINT_DIR, WorkerEnv
 from ringps_launcher.job import Job
 
 
@@ -61,21 +61,27 @@ class Seat:
     """The worker's whole environment."""
 
     restart: int = 0
-    """Which replacement of this worker it is; 0 for the first process."""
+    """0 for the first process of this worker; it grows with each one after that."""
 
 
-def seats(job: Job, placement: Placement, *, environ: Mapping[str, str], cores: int) -> tuple[Seat, ...]:
+def seats(
+    job: Job, placement: Placement, *, environ: Mapping[str, str], cores: int, restart: int = 0
+) -> tuple[Seat, ...]:
     """The workers to start here, in rank order.
 
     Args:
+        job: what they run.
+        placement: this machine's part.
         environ: the launcher's own environment, which the workers inherit.
         cores: CPU cores that the workers here may use between them.
+        restart: 0 for the first start of the ring; later more than for any process before.
     """
-    return tuple(_seat(job, placement, local_rank, environ, cores) for local_rank in range(job.workers))
+    planned = (_seat(job, placement, local_rank, environ, cores) for local_rank in range(job.workers))
+    return tuple(seat if restart == 0 else replacement(seat, restart) for seat in planned)
 
 
 def replacement(seat: Seat, restart: int) -> Seat:
-    """The same seat for another process: the `restart`-th one after the first."""
+    """The same seat for another process, which is told that it is the `restart`-th one after the first."""
     environ = {**seat.environ, "TORCHELASTIC_RESTART_COUNT": str(restart)}
     return replace(seat, environ=environ, restart=restart)
 
@@ -104,6 +110,7 @@ def _seat(job: Job, placement: Placement, local_rank: int, environ: Mapping[str,
             **defaults,
             **environ,
             **contract.to_environ(),
+            **({} if job.checkpoint_dir is None else {CHECKPOINT_DIR: job.checkpoint_dir}),
             **_torchrun_variables(job, placement, worker_id, local_rank),
         },
     )

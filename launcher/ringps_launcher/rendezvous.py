@@ -7,14 +7,11 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ringps.errors import SetupError
 from ringps.membership import (
     Assignment,
-    Coordinator,
-    CoordinatorSettings,
     JobKey,
     LauncherLink,
 )
@@ -40,10 +37,8 @@ class Site:
     """Absolute path of the job key's file on this machine."""
 
 
-def serve_alone(
-    settings: CoordinatorSettings, host: str, guard: Guard, stack: ExitStack
-) -> tuple[Site, JobKey]:
-    """Start a coordinator in this process, for this machine alone, with a key of its own.
+def make_key(guard: Guard) -> tuple[JobKey, str]:
+    """A key for a job on this machine alone, and the file that it is in until this process ends.
 
     Raises:
         SetupError: the job's directory cannot be made.
@@ -59,11 +54,7 @@ def serve_alone(
     key_file = os.path.join(directory, "job.key")
     key = JobKey.generate()
     key.save(key_file)
-    coordinator = Coordinator(settings, key)
-    stack.callback(coordinator.close)
-    coordinator.start()
-    site = Site(host=host, address=settings.host, coordinator=coordinator.address, key_file=key_file)
-    return site, key
+    return key, key_file
 
 
 def join(coordinator: str, key_file: str, host: str, address: str | None) -> tuple[Site, JobKey]:

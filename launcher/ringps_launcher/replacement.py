@@ -1,7 +1,8 @@
 """PURE: whether a lost worker is replaced, and when.
 
-All workers of a launcher share one budget of restarts. A worker that fails again soon after it was
-replaced most likely does so for the same reason, so each time its next replacement waits longer.
+All workers of a launcher share one budget of restarts, over all starts of the ring. A worker that fails
+again soon after it was replaced most likely does so for the same reason, so each time its next
+replacement waits longer.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ class _Record:
 
 
 class Replacements:
-    """The budget of one launcher, and the replacements that wait for their time."""
+    """The budget of one launcher, and the replacements that wait for their time, in one start of the ring."""
 
     def __init__(
         self,
         max_restarts: int,
         *,
+        spent: int = 0,
         first_delay_s: float = 0.2,
         longest_delay_s: float = 10.0,
         settled_s: float = 60.0,
@@ -46,6 +48,7 @@ class Replacements:
         """
         Args:
             max_restarts: replacements of all workers together.
+            spent: how many of them went into earlier starts of the ring.
             first_delay_s: from a loss to the start of the replacement; doubles with each
                 replacement of the same worker that fails quickly.
             longest_delay_s: where the doubling ends.
@@ -55,7 +58,7 @@ class Replacements:
         self._first_delay_s = first_delay_s
         self._longest_delay_s = longest_delay_s
         self._settled_s = settled_s
-        self._planned = 0
+        self._planned = spent
         self._started = 0
         self._records: dict[int, _Record] = {}
         self._waiting: dict[int, Planned] = {}
@@ -64,6 +67,16 @@ class Replacements:
     def started(self) -> int:
         """How many replacements have been started."""
         return self._started
+
+    @property
+    def spent(self) -> int:
+        """How much of the budget is used up, that of earlier starts included."""
+        return self._planned
+
+    @property
+    def left(self) -> int:
+        """How much of the budget is left."""
+        return max(0, self._max_restarts - self._planned)
 
     @property
     def waiting(self) -> frozenset[int]:
@@ -120,5 +133,6 @@ class Replacements:
         record.started_s = None
 
     def cancel(self) -> None:
-        """The job ends: nothing that waits is started."""
+        """The ring ends: nothing that waits is started, or counts."""
+        self._planned -= len(self._waiting)
         self._waiting.clear()

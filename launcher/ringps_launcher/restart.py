@@ -2,15 +2,20 @@
 
 What a lost worker means for the job is the coordinator's to say. Either the job failed: the others
 get a moment to raise their own errors and are then stopped, and the launcher ends with the exit
-code of the worker that caused it all. Or the ring goes on without the worker; then another one is
-started in its place, once the ring takes new workers and the lost process is reaped, and while the
-budget lasts.
+code of the worker that caused it all, or the whole ring is started again. Or the ring goes on without
+the worker; then another one is started in its place, once the ring takes new workers and the lost
+process is reaped, and while the budget lasts.
+
+Workers that exit with `SUSPENDED_CODE` have saved a checkpoint, at which the job stops: they may do so
+because the launcher passed SIGTERM on to them, or one on another machine did. Once all have, the
+coordinator says that the job stopped there, and not that it failed.
 
 ::
 
     RUNNING ──the job failed, or no word came──> DRAINING ──drain_s──> STOPPING ──grace_s──> KILLING
-     │ ^ └───────────SIGINT, SIGTERM, broken output─────────────────────^                   ^
-     │ └─a worker is to be replaced─┐                                   └──── second Ctrl-C ┘
+     │ ^ └───────────SIGINT, SIGTERM, broken output─────────────────────^                   ^ ^
+     │ └─a worker is to be replaced─┐       └──drain_s, the ring is started again───────────│─┘
+     │                                                                  └──── second Ctrl-C ┘
      any, once no worker is left ──> WAITING (for the coordinator's word) ──> ENDED
 """
 
@@ -20,11 +25,13 @@ import enum
 import signal
 from collections.abc import Mapping
 
+from ringps.worker_env import SUSPENDED_CODE
 from ringps_launcher.losses import Losses
-from ringps_launcher.outcome import Failure, Outcome, describe_stop
+from ringps_launcher.outcome import Failure, Outcome, Saved, describe_stop
 from ringps_launcher.replacement import Replacements
 from ringps_launcher.stimuli import (
     Action,
+    CheckpointSaved,
     CoordinatorBack,
     CoordinatorLost,
     Event,
@@ -63,7 +70,8 @@ class Phase(enum.Enum):
 
 
 class Supervision:
-    """Decides for the workers of one machine. Feed it events; carry out what it returns."""
+    """Decides for the workers of one machine, in one start of the ring. Feed it events; carry out what it
+    returns."""
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class Supervision:
         grace_s: float,
         verdict_s: float,
         replacements: Replacements,
+        alone: bool,
     ) -> None:
         """
         Args:
@@ -81,6 +90,8 @@ class Supervision:
             grace_s: from SIGTERM to SIGKILL.
             verdict_s: how long to wait for the coordinator's word on a worker that failed.
             replacements: whether and when lost workers are replaced.
+            alone: whether these workers are the whole job, so that `replacements` has the budget also for
+                starting the whole ring again. Otherwise the coordinator has one.
         """
         self._ranks = dict(ranks)
         self._running: dict[int, int | None] = dict.fromkeys(ranks)
@@ -88,6 +99,7 @@ class Supervision:
         self._grace_s = grace_s
         self._verdict_s = verdict_s
         self._replacements = replacements
+        self._alone = alone
         self._phase = Phase.RUNNING
         self._deadline_s: float | None = None
         self._losses = Losses()
@@ -95,10 +107,20 @@ class Supervision:
         self._expelled: dict[int, str] = {}
         self._abandoned: set[int] = set()
         self._succeeded: set[int] = set()
+        self._suspended: set[int] = set()
+        """Those that stopped at a checkpoint."""
+        self._failed_in_the_end = False
+        """Whether a worker failed after the end was decided on."""
+        self._saved: Saved | None = None
         self._last_failure: Failure | None = None
         self._verdict: Failure | None = None
+        self._restarts = False
+        """Whether the coordinator would have the ring started again."""
         self._stop: int | None = None
-        self._job_done = False
+        """The signal that ends the job, if one does."""
+        self._stop_asked_for = False
+        """Whether one came at all, be it after the job had failed."""
+        self._job_done: JobDone | None = None
         self._coordinator_lost = False
 
     @property
@@ -118,15 +140,26 @@ class Supervision:
         """How it ended, or None while it has not."""
         if self._phase is not Phase.ENDED:
             return None
+        replaced = self._replacements.started
+        if self._is_suspended:
+            return Outcome(
+                code=SUSPENDED_CODE,
+                signal=self._stop,
+                suspended=True,
+                saved=self._saved,
+                losses=self._losses.survived,
+                replaced=replaced,
+            )
         if self._stop is not None:
             return Outcome(code=128 + self._stop, signal=self._stop)
         failure = self._verdict
-        if failure is None and not self._job_done:
+        if failure is None and self._job_done is None:
             failure = self._failure_here()
         if failure is not None:
             # A worker that left early with 0 can be the cause; the job failed all the same.
-            return Outcome(code=failure.code or 1, failure=failure)
-        return Outcome(code=0, losses=self._losses.survived, replaced=self._replacements.started)
+            restarts = self._restarts and not self._stop_asked_for
+            return Outcome(code=failure.code or 1, failure=failure, restarts=restarts)
+        return Outcome(code=0, losses=self._losses.survived, replaced=replaced)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take one event in; what is to be done, in order."""
@@ -135,13 +168,17 @@ class Supervision:
                 self._running[event.worker_id] = event.pid
                 self._losses.started(event.worker_id)
                 return []
+            case CheckpointSaved():
+                self._saved = event.saved
+                return []
             case WorkerExited():
                 return self._worker_exited(event, now_s)
             case JobFailed():
-                self._verdict = self._verdict or event.failure
+                if self._verdict is None:
+                    self._verdict, self._restarts = event.failure, event.restarts
                 return self._drain(now_s)
             case JobDone():
-                return self._on_job_done(now_s)
+                return self._on_job_done(event, now_s)
             case LossNoted():
                 return self._loss_noted(event, now_s)
             case RingFormed():
@@ -171,13 +208,23 @@ class Supervision:
             reason += f" by its launcher: {why}"
         if self._stop is not None:
             reason += f" (its launcher was told to stop: {describe_stop(self._stop)})"
-        report = Report(worker_id=worker_id, pid=pid or 0, code=event.code, reason=reason)
+        report = Report(
+            worker_id=worker_id,
+            pid=pid or 0,
+            code=event.code,
+            reason=reason,
+            stopping=self._stop is not None,
+        )
         word = self._replace_on_exit.pop(worker_id, None)
         if event.code == 0:
             self._succeeded.add(worker_id)
+        elif event.code == SUSPENDED_CODE:
+            self._suspended.add(worker_id)
+        in_order = event.code in (0, SUSPENDED_CODE)
         if self._phase is not Phase.RUNNING or self._job_done:
+            self._failed_in_the_end = self._failed_in_the_end or not in_order
             return [report, *self._settle(now_s)]
-        if event.code == 0:
+        if in_order:
             return [report, *(self._settle(now_s) if word is None else self._replace(worker_id, word, now_s))]
         failure = Failure(
             worker_id=worker_id,
@@ -221,6 +268,7 @@ class Supervision:
         """A worker is gone that the ring goes on without. `reason` is the coordinator's."""
         how = self._how(worker_id)
         self._succeeded.discard(worker_id)
+        self._suspended.discard(worker_id)
         reason = self._losses.survive(worker_id, reason)
         planned, outlook = self._replacements.plan(worker_id, now_s)
         said = Say(text=f"worker {worker_id} {how}: {reason}; {outlook}")
@@ -276,8 +324,8 @@ class Supervision:
 
     # The end.
 
-    def _on_job_done(self, now_s: float) -> list[Action]:
-        self._job_done = True
+    def _on_job_done(self, done: JobDone, now_s: float) -> list[Action]:
+        self._job_done = done
         self._replacements.cancel()
         self._losses.survive_all()
         return self._drain(now_s)
@@ -289,6 +337,7 @@ class Supervision:
         return self._settle(now_s)
 
     def _stop_asked(self, event: StopAsked, now_s: float) -> list[Action]:
+        self._stop_asked_for = True
         failed = self._verdict is not None or self._word_due_s is not None
         if self._phase in (Phase.RUNNING, Phase.WAITING) and not failed:
             self._stop = event.number
@@ -310,10 +359,12 @@ class Supervision:
         if self._deadline_s is None or now_s < self._deadline_s:
             return []
         if self._phase is Phase.DRAINING:
+            if self._will_start_again:
+                return self._kill("the whole ring is started again")
             return [*self._say_who_is_late(), *self._terminate(now_s)]
         if self._phase is Phase.STOPPING:
             return self._kill(f"not gone {self._grace_s:g} s after SIGTERM")
-        if self._phase is Phase.WAITING and not self._losses.unjudged:
+        if self._phase is Phase.WAITING and self._stop is None and not self._losses.unjudged:
             self._deadline_s = None
             return [Say(text="no worker runs here any more; waiting for those of the other machines")]
         return self._end() if self._phase is Phase.WAITING else []
@@ -355,12 +406,29 @@ class Supervision:
         to_come = self._replacements.waiting and not self._coordinator_lost
         if self._running or to_come or self._phase is Phase.ENDED:
             return []
-        known = self._verdict or self._job_done or self._coordinator_lost
-        if known or self._stop is not None:
+        if self._verdict or self._job_done or self._coordinator_lost:
+            return self._end()
+        if self._stop is not None and not self._suspended:
             return self._end()
         if self._phase is not Phase.WAITING:
-            self._enter(Phase.WAITING, now_s + (self._verdict_s if self._losses.unjudged else PATIENCE_S))
+            for_word = self._stop is not None or self._losses.unjudged
+            self._enter(Phase.WAITING, now_s + (self._verdict_s if for_word else PATIENCE_S))
         return []
+
+    @property
+    def _is_suspended(self) -> bool:
+        """Whether the job stopped at a checkpoint: the coordinator's word, or without it the workers'."""
+        if self._job_done is not None:
+            return self._job_done.suspended
+        if self._verdict is not None or self._failed_in_the_end or self._losses.unjudged:
+            return False
+        return bool(self._suspended)
+
+    @property
+    def _will_start_again(self) -> bool:
+        """Whether the workers end only to be started again, as far as is known."""
+        affordable = not self._alone or self._replacements.left > 0
+        return self._restarts and not self._stop_asked_for and affordable
 
     def _failure_here(self) -> Failure | None:
         """How it went by what is known here, without a word of the coordinator on the whole job."""

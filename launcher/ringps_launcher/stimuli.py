@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ringps_launcher.outcome import Failure
+from ringps_launcher.outcome import Failure, Saved
 
 # Events.
 
@@ -34,11 +34,16 @@ class JobFailed:
     """The coordinator decided that the job failed, and which worker of the whole job was the cause."""
 
     failure: Failure
+    restarts: bool = False
+    """Whether the whole ring is to be started again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobDone:
     """The coordinator says that the whole job is done, and well."""
+
+    suspended: bool = False
+    """Whether it stopped at a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,13 @@ class RingFormed:
     """The coordinator says that a generation has formed, and of whom."""
 
     worker_ids: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """The members say that a checkpoint is whole."""
+
+    saved: Saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +117,7 @@ Event = (
     | JobDone
     | LossNoted
     | RingFormed
+    | CheckpointSaved
     | Replaceable
     | Expel
     | CoordinatorLost
@@ -118,7 +131,7 @@ _LEFT = "worker_left"
 _LOSSES = frozenset({"worker_lost", "joiner_lost", _LEFT})
 
 
-def from_job_event(event: Mapping[str, Any]) -> LossNoted | RingFormed | None:
+def from_job_event(event: Mapping[str, Any]) -> LossNoted | RingFormed | CheckpointSaved | None:
     """What a line of the coordinator's for the events file means for the workers here, if anything."""
     worker_id = event.get("worker_id")
     if event.get("event") in _LOSSES and isinstance(worker_id, int):
@@ -127,6 +140,9 @@ def from_job_event(event: Mapping[str, Any]) -> LossNoted | RingFormed | None:
     if event.get("event") == "generation" and isinstance(members, (list, tuple)):
         ids = [member.get("worker_id") for member in members if isinstance(member, Mapping)]
         return RingFormed(worker_ids=frozenset(i for i in ids if isinstance(i, int)))
+    step, directory = event.get("step"), event.get("directory")
+    if event.get("event") == "checkpoint_saved" and isinstance(step, int) and isinstance(directory, str):
+        return CheckpointSaved(saved=Saved(step=step, directory=directory))
     return None
 
 
@@ -142,6 +158,8 @@ class Report:
     """0 if it could not be started."""
     code: int
     reason: str
+    stopping: bool = False
+    """Whether this launcher had been asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,80 +1,29 @@
 """`ringps run`: start this machine's workers, watch them, and end with the job's exit code.
 
-One loop on one thread sees every worker's exit, every line of output, every signal and every word
-of the coordinator. `restart.Supervision` decides, also on replacements of lost workers; this file
-carries out. Nothing is left behind on any way out: a worker's whole process group is killed when it
-exits, and if this process is killed itself, its guard does the same. (A process that a worker moved
-into a session of its own is the worker's to end.)
+Each start of the ring is an `attempt.Attempt`. After a failure that the ring does not survive, the
+whole ring may be started again, from the latest checkpoint. Of a job on this machine alone this
+launcher decides on that, otherwise the coordinator does. Nothing is left behind on any way out: if
+this process is killed itself, its guard kills the workers.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from ringps import worker_env
-from ringps.errors import SetupError
-from ringps.membership import (
-    Assignment,
-    CoordinatorBack,
-    CoordinatorLost,
-    CoordinatorSettings,
-    Expel,
-    JobDone,
-    JobEvent,
-    JobFailed,
-    LauncherLink,
-    LauncherMessage,
-    Replaceable,
-)
-from ringps_launcher import plan, rendezvous, stimuli
-from ringps_launcher.console import Console
-from ringps_launcher.crew import Crew
-from ringps_launcher.events import EventLog
-from ringps_launcher.guard import Guard
+from ringps.membership import Coordinator, CoordinatorSettings, JobKey, RingRestarts
+from ringps_launcher import outcome as ends
+from ringps_launcher import rendezvous
+from ringps_launcher.attempt import Attempt, Meeting
 from ringps_launcher.job import Job
-from ringps_launcher.loop import Loop, stop_signals
-from ringps_launcher.network import ReservedPort
-from ringps_launcher.outcome import Failure, Outcome, describe_exit, exit_code, last_line
-from ringps_launcher.rendezvous import Registration, Site
+from ringps_launcher.options import Options
+from ringps_launcher.outcome import Outcome
+from ringps_launcher.rendezvous import Site
 from ringps_launcher.replacement import Replacements
-from ringps_launcher.restart import Supervision
-
-_PATIENCE_S = 2.0
-_CANNOT_START = 126
-_VERDICT_MARGIN_S = 2.0  # the coordinator itself waits for heartbeat_timeout_s until it is certain
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `ringps run` was asked for, besides the job itself."""
-
-    python: str
-    """The interpreter that runs the workers."""
-
-    host: str
-    """Name of this machine."""
-
-    join: str | None = None
-    """`HOST:PORT` of the coordinator to join, or None to run on this machine alone."""
-
-    key_file: str | None = None
-    """The job key, needed to join."""
-
-    address: str | None = None
-    """IP address at which the other machines reach this one; None to find it out."""
-
-    events: str | None = None
-    """The events file."""
-
-    log_dir: str | None = None
-    """Directory for the ranks' raw output."""
+from ringps_launcher.tools import Tools
 
 
 def run(job: Job, options: Options, environ: Mapping[str, str]) -> int:
@@ -88,6 +37,16 @@ def run(job: Job, options: Options, environ: Mapping[str, str]) -> int:
         return Launcher(job, options, environ, stack).run()
 
 
+@dataclass
+class _Standing:
+    """What a start of the ring must know of those before it."""
+
+    starts: int = 0
+    replaced: int = 0
+    """Workers that this launcher has replaced."""
+    first_generation: int = 1
+
+
 class Launcher:
     """All that one `ringps run` holds. `stack` undoes it, on whatever way out."""
 
@@ -95,241 +54,101 @@ class Launcher:
         self._job = job
         self._options = options
         self._environ = environ
-        self._stack = stack
-        self._stops: deque[int] = deque()
-        self._inbox: deque[LauncherMessage] = deque()
         self._timeouts = worker_env.configure(environ).timeouts
-        self._loop = Loop()
-        stack.callback(self._loop.close)
-        self._loop.catch_signals(stop_signals(), self._stops.append)
-        self._console = Console(self._loop, coloured=_wants_colour(environ))
-        stack.callback(self._console.say_what_is_logged())
-        self._events = None if options.events is None else EventLog(options.events)
-        if self._events is not None:
-            stack.callback(self._events.close)
-        if options.log_dir is not None:
-            _make_log_dir(options.log_dir)
-        self._seats: dict[int, plan.Seat] = {}
-        self._command = job.command(options.python)
-        self._guard = Guard()
-        stack.callback(self._guard.close)
-        self._loop.add_reader(self._guard.pidfd, self._guard_died)
-        self._crew = Crew(self._loop, self._guard, self._console, self._worker_exited)
-        stack.callback(self._crew.close)
+        self._tools = Tools(options, environ, stack)
+        self._alone = options.join is None
+        self._own_key: tuple[JobKey, str] | None = None
+        self._ring_restarts = RingRestarts(job.max_restarts)
+        self._standing = _Standing()
 
     def run(self) -> int:
-        site, key = self._meet()
-        self._link = LauncherLink(site.coordinator, key, self._timeouts, self._receive)
-        self._stack.callback(self._link.close)
-        with ReservedPort() as port:
-            assignment = self._register(site, port.number)
-            if assignment is None:
-                number = self._stops.popleft()
-                return self._finish(Outcome(code=128 + number, signal=number))
-            self._start(site, assignment)
-            return self._finish(self._watch())
-
-    def _meet(self) -> tuple[Site, Any]:
-        options = self._options
-        if options.join is None:
-            settings = CoordinatorSettings(
-                world_size=self._job.workers,
-                min_workers=self._job.min_workers,
-                encrypt_data=self._job.encrypt_data,
-                timeouts=self._timeouts,
-            )
-            return rendezvous.serve_alone(settings, options.host, self._guard, self._stack)
-        assert options.key_file is not None
-        return rendezvous.join(options.join, options.key_file, options.host, options.address)
-
-    def _register(self, site: Site, master_port: int) -> Assignment | None:
-        """This launcher's part of the job, or None if a signal came first."""
-        registration = Registration(
-            self._link, site, self._job, master_port, lambda: self._loop.post(lambda: None)
-        )
-        said = False
-        while (assignment := registration.result()) is None:
-            if self._stops:
-                self._link.close()
-                break
-            before_s = time.monotonic()
-            self._turn(None if said else _PATIENCE_S)
-            if not said and time.monotonic() - before_s >= _PATIENCE_S:
-                self._console.say(f"waiting for the job's other machines at {site.coordinator}")
-                said = True
-        registration.join()
-        return assignment
-
-    def _start(self, site: Site, assignment: Assignment) -> None:
-        placement = plan.Placement(
-            host=site.host,
-            address=site.address,
-            host_index=assignment.host_index,
-            host_count=assignment.host_count,
-            first_worker_id=assignment.first_worker_id,
-            world_size=assignment.world_size,
-            master_address=assignment.master_address,
-            master_port=assignment.master_port,
-            coordinator=site.coordinator,
-            key_file=site.key_file,
-        )
-        cores = len(os.sched_getaffinity(0))
-        seats = plan.seats(self._job, placement, environ=self._environ, cores=cores)
-        self._seats = {seat.worker_id: seat for seat in seats}
-        self._supervision = Supervision(
-            {seat.worker_id: seat.rank for seat in seats},
-            host=site.host,
-            grace_s=self._job.grace_s,
-            verdict_s=self._timeouts.heartbeat_timeout_s + _VERDICT_MARGIN_S,
-            replacements=Replacements(self._job.max_restarts),
-        )
-        for seat in seats:
-            self._start_worker(seat)
-
-    def _start_worker(self, seat: plan.Seat) -> None:
-        try:
-            pid = self._crew.start(seat, self._command, self._options.log_dir)
-        except (OSError, SetupError) as error:
-            reason = f"could not be started: {error}"
-            self._exited(seat.worker_id, _CANNOT_START, reason)
-            return
-        self._link.worker_started(seat.worker_id)
-        restarts = {"restart": seat.restart} if seat.restart else {}
-        self._record("worker_started", seat.worker_id, pid=pid, **restarts)
-        self._decide(stimuli.WorkerStarted(worker_id=seat.worker_id, pid=pid))
-
-    def _watch(self) -> Outcome:
         while True:
-            while self._inbox:
-                self._hear(self._inbox.popleft())
-            while self._stops:
-                self._decide(stimuli.StopAsked(number=self._stops.popleft()))
-            self._decide(stimuli.TimePassed())
-            outcome = self._supervision.outcome
-            if outcome is not None:
-                return outcome
-            deadline_s = self._supervision.deadline_s
-            self._turn(None if deadline_s is None else deadline_s - time.monotonic())
+            delay_s = 0.0
+            with ExitStack() as stack:
+                meeting, coordinator = self._meet(stack)
+                attempt = Attempt(self._job, self._options, self._environ, self._tools, meeting, stack)
+                replacements = self._replacements()
+                outcome = attempt.run(replacements, self._standing.starts + self._standing.replaced)
+                again, outlook = self._plan_another(attempt, outcome, replacements)
+                if again is None:
+                    return self._finish(outcome, attempt.last_line(outcome, outlook))
+                delay_s = again
+            self._standing.starts += 1
+            if coordinator is not None:
+                self._standing.first_generation = coordinator.next_generation
+            self._tools.pause(delay_s)
+            if self._tools.stops:
+                number = self._tools.stops.popleft()
+                stopped = Outcome(code=128 + number, signal=number)
+                return self._finish(stopped, ends.last_line(stopped, log=None, local=False))
 
-    def _turn(self, timeout_s: float | None) -> None:
-        """Wait for something to happen, and let it."""
-        broken = self._console.broken
-        self._crew.watch()
-        self._console.watch()
-        self._loop.run_once(timeout_s)
-        if self._console.broken and not broken:
-            self._stops.append(signal.SIGPIPE)
-
-    def _finish(self, outcome: Outcome) -> int:
-        self._crew.finish()
-        failure = outcome.failure
-        line = last_line(
-            outcome,
-            log=None if failure is None else self._crew.log_of(failure.worker_id),
-            local=failure is not None and failure.worker_id in self._seats,
+    def _meet(self, stack: ExitStack) -> tuple[Meeting, Coordinator | None]:
+        """How to meet the others, and the coordinator if it is our own."""
+        options, standing = self._options, self._standing
+        if options.join is not None:
+            assert options.key_file is not None
+            site, key = rendezvous.join(options.join, options.key_file, options.host, options.address)
+            patience_s = self._timeouts.rendezvous_timeout_s if standing.starts else 0.0
+            return Meeting(site=site, key=key, alone=False, patience_s=patience_s), None
+        self._own_key = self._own_key or rendezvous.make_key(self._tools.guard)
+        key, key_file = self._own_key
+        settings = CoordinatorSettings(
+            world_size=self._job.workers,
+            min_workers=self._job.min_workers,
+            encrypt_data=self._job.encrypt_data,
+            timeouts=self._timeouts,
+            first_generation=standing.first_generation,
         )
-        if lost := self._console.lost():
-            self._console.say(f"part of the output above is missing: {lost}")
-        if line is not None:
-            self._console.say(line)
-        limit_s = None if outcome.signal is None else self._job.grace_s
-        self._console.finish(limit_s, give_up=lambda: bool(self._stops))
-        return outcome.code
+        coordinator = Coordinator(settings, key)
+        stack.callback(coordinator.close)
+        coordinator.start()
+        site = Site(
+            host=options.host,
+            address=settings.host,
+            coordinator=coordinator.address,
+            key_file=key_file,
+        )
+        return Meeting(site=site, key=key, alone=True, patience_s=0.0), coordinator
 
-    def _decide(self, event: stimuli.Event) -> None:
-        for action in self._supervision.handle(event, time.monotonic()):
-            match action:
-                case stimuli.Report():
-                    self._link.worker_exited(action.worker_id, action.pid, action.code, action.reason)
-                case stimuli.Restarting():
-                    self._record(
-                        "worker_restarting",
-                        action.worker_id,
-                        delay_s=action.delay_s,
-                        restarts_left=action.restarts_left,
-                    )
-                case stimuli.Start():
-                    self._start_worker(plan.replacement(self._seats[action.worker_id], action.restart))
-                case stimuli.Terminate():
-                    self._crew.terminate(action.worker_ids)
-                case stimuli.Kill():
-                    self._crew.kill(action.worker_ids)
-                case stimuli.Say():
-                    self._console.say(action.text)
+    def _replacements(self) -> Replacements:
+        spent = self._standing.replaced + (self._standing.starts if self._alone else 0)
+        return Replacements(self._job.max_restarts, spent=spent)
 
-    def _worker_exited(self, seat: plan.Seat, status: int) -> None:
-        self._exited(seat.worker_id, exit_code(status), describe_exit(status))
-
-    def _exited(self, worker_id: int, code: int, reason: str) -> None:
-        self._record("worker_exited", worker_id, code=code, reason=reason)
-        self._decide(stimuli.WorkerExited(worker_id=worker_id, code=code, reason=reason))
-
-    def _receive(self, message: LauncherMessage) -> None:
-        """On the link's thread."""
-        self._loop.post(lambda: self._inbox.append(message))
-
-    def _hear(self, message: LauncherMessage) -> None:
-        match message:
-            case JobEvent():
-                self._write_event(message.event)
-                if (meaning := stimuli.from_job_event(message.event)) is not None:
-                    self._decide(meaning)
-            case JobFailed():
-                failure = Failure(
-                    worker_id=message.worker_id,
-                    rank=message.rank,
-                    host=message.host,
-                    code=message.code,
-                    reason=message.reason,
-                )
-                self._decide(stimuli.JobFailed(failure=failure))
-            case JobDone():
-                self._decide(stimuli.JobDone())
-            case Replaceable(worker_id=worker_id, reason=reason):
-                self._decide(stimuli.Replaceable(worker_id=worker_id, reason=reason))
-            case Expel(worker_id=worker_id, pid=pid, reason=reason):
-                self._decide(stimuli.Expel(worker_id=worker_id, pid=pid, reason=reason))
-            case CoordinatorLost():
-                self._decide(stimuli.CoordinatorLost())
-            case CoordinatorBack():
-                self._decide(stimuli.CoordinatorBack())
-
-    def _guard_died(self) -> None:
-        self._loop.remove(self._guard.pidfd)
-        self._guard.replace()
-        self._loop.add_reader(self._guard.pidfd, self._guard_died)
-        self._console.say("the guard process was killed; started another")
-
-    def _record(self, event: str, worker_id: int, **details: Any) -> None:
-        self._write_event(
+    def _plan_another(
+        self, attempt: Attempt, outcome: Outcome, replacements: Replacements
+    ) -> tuple[float | None, str]:
+        """How long to wait until another start of the ring, or None if there is none; and the outlook in
+        words, which the user has been told of in the first case."""
+        self._standing.replaced += replacements.started
+        failure = outcome.failure
+        if failure is None or not outcome.restarts:
+            return None, ""
+        if not self._alone:
+            outlook = "the coordinator starts the whole ring again from the latest checkpoint"
+            self._tools.console.say(f"{ends.failed(failure)}; {outlook}")
+            return 0.0, outlook
+        assert attempt.started_s is not None
+        self._ring_restarts.began(attempt.started_s)
+        planned, outlook = self._ring_restarts.plan(time.monotonic(), spent=self._standing.replaced)
+        if planned is None:
+            return None, outlook
+        self._tools.console.say(f"{ends.failed(failure)}; {outlook}")
+        self._tools.journal.write(
             {
-                "event": event,
-                "worker_id": worker_id,
-                "rank": self._seats[worker_id].rank,
-                "host": self._options.host,
-                **details,
+                "event": "ring_restarting",
+                "reason": ends.failed(failure),
+                "restarts_left": planned.restarts_left,
+                "delay_s": planned.delay_s,
             }
         )
+        return planned.delay_s, outlook
 
-    def _write_event(self, event: dict[str, Any]) -> None:
-        if self._events is None:
-            return
-        try:
-            self._events.write(event)
-        except OSError as error:
-            self._events = None
-            self._console.say(f"{self._options.events} is cut off here: {error.strerror}")
-
-
-def _make_log_dir(path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make the log directory {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise SetupError(f"the log directory {path} is not writable; choose another --log-dir")
-
-
-def _wants_colour(environ: Mapping[str, str]) -> bool:
-    """See https://no-color.org."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    def _finish(self, outcome: Outcome, line: str | None) -> int:
+        console = self._tools.console
+        if lost := console.lost():
+            console.say(f"part of the output above is missing: {lost}")
+        if line is not None:
+            console.say(line)
+        limit_s = None if outcome.signal is None else self._job.grace_s
+        console.finish(limit_s, give_up=lambda: bool(self._tools.stops))
+        return outcome.code

@@ -238,6 +238,11 @@ class Reducer:
             return total.to(loss.dtype).view(loss.shape)
         return float(total)
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether every gradient that there was has been applied."""
+        return self.backwards == 0 and self._window == 0
+
     def progress(self) -> dict[str, Any]:
         """What a new member needs to go on together with the others: plain values."""
         return {

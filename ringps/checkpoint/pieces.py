@@ -82,7 +82,11 @@ class Layout:
 
     def encode(self) -> bytes:
         """The layout for another process."""
-        raw: bytes = msgpack.packb([[dtypes.NAMES[spec.dtype], *spec.shape] for spec in self.specs])
+        packer = msgpack.Packer(autoreset=False)
+        packer.pack_array_header(len(self.specs))
+        for spec in self.specs:  # one by one: a list for each would set off the garbage collector
+            packer.pack((dtypes.NAMES[spec.dtype], *spec.shape))
+        raw: bytes = packer.bytes()
         return raw
 
     @classmethod
@@ -144,7 +148,7 @@ class Pieces:
     @classmethod
     def allocate(cls, layout: Layout) -> Pieces:
         """New tensors, each in memory of its own, with arbitrary contents."""
-        return cls([_allocate(spec) for spec in layout.specs])
+        return cls([allocate(spec.size_bytes).view(spec.dtype).view(spec.shape) for spec in layout.specs])
 
     def views(self, piece: int, padding: memoryview = _ZEROS) -> list[memoryview]:
         """The memory of a piece, in order; bytes between tensors lie in `padding`.
@@ -197,8 +201,9 @@ def advance(views: deque[memoryview], moved_bytes: int) -> None:
         moved_bytes -= len(views.popleft())
 
 
-def _allocate(spec: TensorSpec) -> torch.Tensor:
+def allocate(size_bytes: int) -> torch.Tensor:
+    """New memory with arbitrary contents: flat, uint8, beginning at a multiple of `ALIGNMENT`."""
     # numpy asks the system for huge pages and torch does not: the first touch takes half the time.
-    room = np.empty(spec.size_bytes + ALIGNMENT, np.uint8)
+    room = np.empty(size_bytes + ALIGNMENT, np.uint8)
     skip = -room.ctypes.data % ALIGNMENT
-    return torch.from_numpy(room[skip : skip + spec.size_bytes]).view(spec.dtype).view(spec.shape)
+    return torch.from_numpy(room[skip : skip + size_bytes])

@@ -44,11 +44,12 @@ class State(NamedTuple):
     """Everything but the tensors."""
 
     tensors: list[torch.Tensor]
-    """Contiguous, in the CPU's memory, without gradient. They share memory with those of the state wherever
-    that has them without overlaps and gaps: they are to be read, and change when the state changes."""
+    """Contiguous, in the CPU's memory unless other devices were allowed, without gradient. They share memory
+    with those of the state wherever that has them without overlaps and gaps: they are to be read, and change
+    when the state changes."""
 
 
-def flatten(state: Any, name: str = "state") -> State:
+def flatten(state: Any, name: str = "state", *, devices: bool = False) -> State:
     """Take a nested state apart, without copying its tensors where they are dense.
 
     Args:
@@ -56,6 +57,7 @@ def flatten(state: Any, name: str = "state") -> State:
             tuples, None, bools, whole numbers of any size, floats, text, bytes, tensors and numpy arrays in
             the CPU's memory, numpy scalars, `torch.dtype`, `torch.Size`, `torch.device`.
         name: what to call it in errors.
+        devices: tensors may lie in the memory of other devices too, where they are left.
 
     Returns:
         The skeleton, equal for equal states whose dicts have the same order, and the tensors.
@@ -67,7 +69,7 @@ def flatten(state: Any, name: str = "state") -> State:
     """
     tensors: list[torch.Tensor] = []
     try:
-        tree = _Writer(tensors).write(state, 0)
+        tree = _Writer(tensors, devices).write(state, 0)
     except _Unsuitable as problem:
         path = "".join(f"[{json.dumps(key)}]" for key in reversed(problem.keys))
         raise problem.error(f"{name}{path} {problem.what}") from None
@@ -122,8 +124,9 @@ def _is_a(value: object, what: str = "plain values and tensors") -> _Unsuitable:
 class _Writer:
     """From values to what msgpack can hold; collects the tensors."""
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, tensors: list[torch.Tensor], devices: bool) -> None:
         self._tensors = tensors
+        self._devices = devices
 
     def write(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -175,7 +178,7 @@ class _Writer:
         if value.layout is not torch.strided:
             layout = str(value.layout).removeprefix("torch.")
             raise _Unsuitable(f"is a {layout} tensor: ringps can only save dense ones")
-        if value.device.type != "cpu":
+        if value.device.type != "cpu" and (value.device.type == "meta" or not self._devices):
             raise _Unsuitable(
                 f"is a tensor on {value.device}: ringps can only save tensors in the CPU's memory; "
                 "copy it there with .cpu() first"

@@ -88,6 +88,8 @@ class Change(NamedTuple):
     """Worker ids to admit."""
     leavers: tuple[int, ...]
     """Ranks that go."""
+    marks: tuple[int, ...]
+    """What each rank gave as `ElasticCommunicator.marks`."""
 
 
 @dataclass(frozen=True)
@@ -384,10 +386,12 @@ class ElasticCommunicator(Communicator):
             busy_us=said.busy_us,
             leaving=said.boundary and self._membership.leaving(),
             joiners=self._membership.joiners() if said.boundary else (),
+            marks=self.marks() if said.boundary else 0,
         )
         votes = [Vote.unpack(raw) for raw in self._gather(vote.pack(), VOTE_BYTES)]
         if said.boundary:
-            self._change = Change(self._generation.number, common_joiners(votes), leavers(votes))
+            marks = tuple(vote.marks for vote in votes)
+            self._change = Change(self._generation.number, common_joiners(votes), leavers(votes), marks)
         return votes
 
     def _commit(self, attempts: int, votes: Sequence[Vote] | None) -> Outcome:

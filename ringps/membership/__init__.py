@@ -16,6 +16,7 @@ from ringps.membership.launcher_link import (
     LauncherLink,
     LauncherMessage,
 )
+from ringps.membership.restarts import RingRestarts, starting_again
 from ringps.transport.keys import JobKey
 from ringps.wire.control import Assignment, Expel, JobDone, JobEvent, JobFailed, Replaceable
 
@@ -36,5 +37,7 @@ __all__ = [
     "LauncherMessage",
     "Listener",
     "Replaceable",
+    "RingRestarts",
     "WorkerLink",
+    "starting_again",
 ]

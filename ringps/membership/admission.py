@@ -15,6 +15,12 @@ _SHOWN = 12
 
 def refusal(state: JobState, hello: Hello) -> tuple[str, str] | None:
     """Why a new process may not take part: in a fixed phrase, and in words for its user."""
+    if 0 < hello.generation < state.settings.first_generation:
+        return (
+            "generation is over",
+            f"generation {hello.generation} is over, the whole ring was started again since then; "
+            "this process is no part of it: start a new one",
+        )
     if state.ring.number and state.ring.lost is None and not state.survives:
         return COMPLETE, COMPLETE
     if hello.session in state.peers:

@@ -340,11 +340,16 @@ class WorkerLink:
         """How far this rank is; travels with the next heartbeat. Any thread."""
         self._step = step
 
-    def leave(self, completed: int) -> None:
+    def leave(self, completed: int, *, suspended: bool = False) -> None:
         """Say that this rank is done after `completed` collectives, and wait for the others.
 
         Returns at once if the coordinator is gone: then nobody can say when they are done. Does
         nothing before `join` has returned.
+
+        Args:
+            completed: collectives that this rank has finished in this generation.
+            suspended: whether it leaves because the job stops at a checkpoint; its process must then exit
+                with `worker_env.SUSPENDED_CODE`.
 
         Raises:
             RingChangedError: a member was lost, and the others form another generation with this worker.
@@ -353,7 +358,7 @@ class WorkerLink:
         """
         if not self._generation:
             return
-        leaving = Leaving(generation=self._generation, completed=completed)
+        leaving = Leaving(generation=self._generation, completed=completed, suspended=suspended)
         self._channel.send(leaving)
         self._greet_anew(leaving)
         with self._changed:

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -37,9 +37,11 @@ from ringps.membership.events import (
     Received,
     Refuse,
     Send,
+    StartAgain,
     Tick,
 )
 from ringps.membership.quorum import Quorum
+from ringps.membership.restarts import RingRestarts
 from ringps.transport.keys import JobKey
 from ringps.transport.zap import ZapResponder
 from ringps.wire.control import (
@@ -95,6 +97,15 @@ class CoordinatorSettings:
     min_workers: int | None = None
     """With how many members the ring goes on after a loss; None: with all of them only."""
 
+    max_restarts: int | None = None
+    """How often the whole ring is started again, from the latest checkpoint, after a failure that it did
+    not survive. None: whoever started this coordinator decides on that, by `JobFailed.restarts`, and
+    starts another coordinator."""
+
+    first_generation: int = 1
+    """Number of the first generation: `next_generation` of the coordinator before, where the whole ring
+    is started again with this one."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65534:
             raise ValueError(f"port must be from 0 to 65534 (heartbeats take the next), not {self.port}")
@@ -105,6 +116,10 @@ class CoordinatorSettings:
             if not 1 <= self.min_workers <= most:
                 limit = f"{most}, the world_size" if self.world_size is not None else str(most)
                 raise ValueError(f"min_workers must be from 1 to {limit}, not {self.min_workers}")
+        if self.max_restarts is not None and self.max_restarts < 0:
+            raise ValueError(f"max_restarts must be at least 0, not {self.max_restarts}")
+        if self.first_generation < 1:
+            raise ValueError(f"first_generation must be at least 1, not {self.first_generation}")
         if not self.settle_s >= 0:
             raise ValueError(f"settle_s must be at least 0, not {self.settle_s}")
 
@@ -136,7 +151,7 @@ class CoordinatorStatistics:
 
 
 class Coordinator:
-    """Serves one job from a thread of its own in this process."""
+    """Serves one job, all starts of its ring, from a thread of its own in this process."""
 
     def __init__(
         self,
@@ -177,21 +192,23 @@ class Coordinator:
             raise
         self.address = endpoint.join(settings.host, port)
         """`HOST:PORT` where it listens."""
-        self._quorum = Quorum(
-            QuorumSettings(
-                world_size=settings.world_size,
-                settle_s=settings.settle_s,
-                encrypt_data=settings.encrypt_data,
-                heartbeat_port=heartbeat_port,
-                timeouts=settings.timeouts,
-                min_workers=settings.min_workers,
-            ),
-            _new_token,
+        self._settings = QuorumSettings(
+            world_size=settings.world_size,
+            settle_s=settings.settle_s,
+            encrypt_data=settings.encrypt_data,
+            heartbeat_port=heartbeat_port,
+            timeouts=settings.timeouts,
+            min_workers=settings.min_workers,
+            first_generation=settings.first_generation,
         )
+        self._restarts = None if settings.max_restarts is None else RingRestarts(settings.max_restarts)
+        self._quorum = Quorum(self._settings, _new_token, self._restarts)
+        self._start_again_s: float | None = None
         self._frames_received = 0
         self._refused: Counter[str] = Counter()
         self._internal_errors = 0
         self._failure: JobFailed | None = None
+        self._suspended = False
         self._last_message: Message | None = None
         self._last_frame = b""
         self._statistics = CoordinatorStatistics()
@@ -223,8 +240,20 @@ class Coordinator:
 
     @property
     def failure(self) -> JobFailed | None:
-        """Which worker's failure ended the job, once that is certain; None if none did."""
+        """Which worker's failure ended the job, once that is certain; None if none did, or if the whole ring
+        is started again."""
         return self._failure
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the job is over because it stopped at a checkpoint."""
+        return self._suspended
+
+    @property
+    def next_generation(self) -> int:
+        """What `first_generation` must be if the whole ring is started again with another coordinator. Call
+        it after `close`."""
+        return self._quorum.next_generation
 
     def statistics(self) -> CoordinatorStatistics:
         """What it has seen, as of a moment ago."""
@@ -274,6 +303,8 @@ class Coordinator:
             next_tick_s = time.monotonic()
             while not self._closing:
                 now_s = time.monotonic()
+                if self._start_again_s is not None and now_s >= self._start_again_s:
+                    self._start_again(now_s)
                 if now_s >= next_tick_s:
                     next_tick_s = now_s + TICK_S
                     self._handle(Tick(), now_s)
@@ -290,6 +321,15 @@ class Coordinator:
             self._publish()
             self._release(_LINGER_S)
             self._over.set()
+
+    def _start_again(self, now_s: float) -> None:
+        """Serve the next start of the ring."""
+        self._start_again_s = None
+        waiting, first = self._quorum.waiting_launchers, self._quorum.next_generation
+        self._settings = replace(self._settings, first_generation=first)
+        self._quorum = Quorum(self._settings, _new_token, self._restarts)
+        for peer, hello in waiting:
+            self._handle(Received(peer, hello), now_s)
 
     def _drain(
         self, router: zmq.Socket[bytes], vocabulary: Vocabulary, event: Callable[[bytes, Any], Event]
@@ -332,15 +372,19 @@ class Coordinator:
     def _act(self, action: Action) -> None:
         match action:
             case Send(peer, message):
-                if isinstance(message, JobFailed):
+                if isinstance(message, JobFailed) and not (message.restarts and self._restarts is not None):
                     self._failure = message
                 self._send(peer, self._encoded(message))
             case Emit(event, launchers):
                 self._emit({"t": time.time(), **event}, launchers)
             case Refuse(reason):
                 self._refused[reason] += 1
-            case Finish():
+            case Finish(suspended=suspended):
+                self._suspended = suspended
+                self._publish()  # whoever waits for the end is to see all that led to it
                 self._over.set()
+            case StartAgain(delay_s):
+                self._start_again_s = time.monotonic() + delay_s
 
     def _encoded(self, message: Message) -> bytes:
         # The same message often goes to everybody, and may be long.

@@ -1,8 +1,12 @@
-"""PURE: how a job ends: all have left, all were asked to leave, or a failure that it cannot survive."""
+"""PURE: how a job ends: all have left, all were asked to leave, or a failure that it cannot survive.
+
+After such a failure the whole ring can be started again, if there is a checkpoint to go on from.
+"""
 
 from __future__ import annotations
 
-from ringps.membership.causes import RootCause
+from ringps.membership.causes import Failure, RootCause
+from ringps.membership.restarts import RingRestart
 from ringps.membership.roster import JOINERS, Phase, Worker
 from ringps.membership.state import JobState
 from ringps.wire.control import AllLeft, JobDone, JobFailed, Lost, clip, clip_line
@@ -22,6 +26,8 @@ class Ending:
         self._finished = False
         self.verdict: JobFailed | JobDone | None = None
         """What the launchers are told in the end."""
+        self.restart: RingRestart | None = None
+        """The next start of the ring that this coordinator is to serve; None if there is none."""
 
     def blame(
         self, worker: Worker, reason: str, now_s: float, *, code: int | None, blames: int | None = None
@@ -83,13 +89,7 @@ class Ending:
         if root is not None:
             worker = state.roster[root.worker_id]
             state.tell_step(now_s, at_once=True)
-            self.verdict = JobFailed(
-                worker_id=root.worker_id,
-                rank=state.rank(worker),
-                host=state.host(worker),
-                code=root.code or 1,
-                reason=clip(root.reason),
-            )
+            self.verdict = self._failed(worker, root, now_s)
             state.out.send_all(state.plan.launchers, self.verdict)
             self._patient_until_s = now_s + state.settings.timeouts.shutdown_timeout_s
         all_exited = state.plan.complete and self._all_exited(now_s)
@@ -100,11 +100,49 @@ class Ending:
             pass  # which one was the root cause is about to be decided
         elif all_exited and not self._finished:
             state.tell_step(now_s, at_once=True)
-            self.verdict = JobDone()
+            self.verdict = JobDone(suspended=self.suspended)
             state.out.send_all(state.plan.launchers, self.verdict)
             self._finish("all workers have exited")
         elif state.ended and not state.launchers:
             self._finish("all workers have left")
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the members that were the last left because the job stops at a checkpoint."""
+        return any(worker.suspended for worker in self._state.roster.everybody())
+
+    def _failed(self, worker: Worker, root: Failure, now_s: float) -> JobFailed:
+        state, reason = self._state, root.reason
+        restarts = self._restartable(worker)
+        if restarts and state.restarts is not None:
+            self.restart, words = state.restarts.plan(now_s)
+            restarts = self.restart is not None
+            if not restarts:
+                reason = f"{reason}; {words}"
+        failed = JobFailed(
+            worker_id=root.worker_id,
+            rank=state.rank(worker),
+            host=state.host(worker),
+            code=root.code or 1,
+            reason=clip(reason),
+            restarts=restarts,
+        )
+        if self.restart is not None:
+            state.emit(
+                "ring_restarting",
+                reason=clip(
+                    f"rank {failed.rank} (worker {failed.worker_id} on {failed.host}) failed: {reason}"
+                ),
+                restarts_left=self.restart.restarts_left,
+                delay_s=self.restart.delay_s,
+            )
+        return failed
+
+    def _restartable(self, worker: Worker) -> bool:
+        """Whether the ring can be started again after this worker's failure: there are a checkpoint to go
+        on from and launchers that start workers, and nobody had asked it to stop."""
+        asked = worker.departed or (worker.exited is not None and worker.exited.stopping)
+        return self._state.resumable and bool(self._state.launchers) and not asked
 
     def _all_exited(self, now_s: float) -> bool:
         roster = self._state.roster
@@ -119,6 +157,10 @@ class Ending:
         return not running
 
     def _finish(self, reason: str) -> None:
-        if not self._finished:
-            self._finished = True
-            self._state.out.finish(reason)
+        if self._finished:
+            return
+        self._finished = True
+        if self.restart is not None:
+            self._state.out.start_again(self.restart.delay_s)
+        else:
+            self._state.out.finish(reason, suspended=self.suspended and not self._causes.failed)

@@ -30,6 +30,10 @@ class QuorumSettings:
     min_workers: int | None = None
     """With how many members the ring goes on after a loss; None: with all of them only."""
 
+    first_generation: int = 1
+    """Number of the first generation; above 1 where the whole ring was started before, and all earlier
+    generations are over."""
+
 
 # Events.
 
@@ -88,6 +92,15 @@ class Finish:
     """The job is over; everything that has to be said about it was said before."""
 
     reason: str
+    suspended: bool = False
+    """Whether it stopped at a checkpoint."""
 
 
-Action = Send | Emit | Refuse | Finish
+@dataclass(frozen=True)
+class StartAgain:
+    """This start of the ring is over, and another one follows; nothing more comes of this quorum."""
+
+    delay_s: float
+
+
+Action = Send | Emit | Refuse | Finish | StartAgain

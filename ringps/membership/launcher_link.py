@@ -119,7 +119,9 @@ class LauncherLink:
             if self._ended.pop(worker_id, None) is not None:
                 self._greet_with_what_is_known()
 
-    def worker_exited(self, worker_id: int, pid: int, code: int, reason: str) -> None:
+    def worker_exited(
+        self, worker_id: int, pid: int, code: int, reason: str, *, stopping: bool = False
+    ) -> None:
         """Report that a worker's process ended. While the coordinator is away, the report waits.
 
         Args:
@@ -127,8 +129,9 @@ class LauncherLink:
             pid: the process; 0 if it could not be started.
             code: its exit code as a shell would give it: 128 + the signal for a killed process.
             reason: how it ended, in words.
+            stopping: whether this launcher had been told to stop.
         """
-        exited = WorkerExited(worker_id=worker_id, pid=pid, code=code, reason=clip(reason))
+        exited = WorkerExited(worker_id=worker_id, pid=pid, code=code, reason=clip(reason), stopping=stopping)
         with self._lock:
             self._ended[worker_id] = exited
             self._greet_with_what_is_known()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ringps.membership.events import Action, Emit, Finish, Refuse, Send
+from ringps.membership.events import Action, Emit, Finish, Refuse, Send, StartAgain
 from ringps.membership.roster import Worker
 from ringps.wire.control import ToLauncher, ToWorker
 
@@ -93,6 +93,10 @@ class Outbox:
         """The event is not acted upon."""
         self._actions.append(Refuse(reason))
 
-    def finish(self, reason: str) -> None:
+    def finish(self, reason: str, *, suspended: bool) -> None:
         """The job is over."""
-        self._actions.append(Finish(reason))
+        self._actions.append(Finish(reason, suspended))
+
+    def start_again(self, delay_s: float) -> None:
+        """The ring is over, and is started again."""
+        self._actions.append(StartAgain(delay_s))

@@ -10,7 +10,8 @@ where nobody listens yet.
 Who sends is decided by the connection (`peers`), and for heartbeats by the session in them, so a
 frame that a stranger replays is refused, whatever it says. A process whose connection broke says
 hello again and is told once more what it may have missed. If the coordinator itself was restarted,
-it takes the ring over from those who come back (`restoration`).
+it takes the ring over from those who come back (`restoration`). A quorum serves one start of the
+ring; after a failure from which the whole ring is started again, another one serves the next.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from collections.abc import Callable
 from ringps.membership.admission import refusal
 from ringps.membership.catching_up import catch_up, catch_up_launcher
 from ringps.membership.ending import Ending
+from ringps.membership.ends import Ends
 from ringps.membership.events import Action, Beaten, Event, QuorumSettings, Received, Tick
+from ringps.membership.restarts import RingRestarts
 from ringps.membership.restoration import Restoration
+from ringps.membership.returning import NUMBERS_SKIPPED
 from ringps.membership.roster import (
     ACTIVE,
     BEATING,
@@ -35,6 +39,7 @@ from ringps.membership.roster import (
 )
 from ringps.membership.state import JobState
 from ringps.membership.succession import Succession
+from ringps.membership.waiting_room import REASON, WaitingRoom
 from ringps.wire.control import (
     Admitting,
     Ask,
@@ -65,7 +70,22 @@ from ringps.wire.control import (
 JOINER_PATIENCE_S = 30.0
 """How long a worker that is to join may be silent before it is a member."""
 
-NOTES = frozenset({"straggler", "diverged", "recovered", "state_fetched"})
+RESUMABLE = frozenset({"checkpoint_saved", "restored"})
+"""Notes after which there is a checkpoint that the ring can be started again from..."""
+
+GIVEN_UP = "checkpoints_given_up"
+"""...and the one after which it is not to be: a later run goes on from it, or too many saves have failed."""
+
+NOTES = RESUMABLE | {
+    GIVEN_UP,
+    "straggler",
+    "diverged",
+    "recovered",
+    "state_fetched",
+    "checkpoint_failed",
+    "checkpoint_late",
+    "checkpoint_skipped",
+}
 """The events that members may have written into the events file."""
 
 _MAX_NOTE_FIELDS = 32
@@ -98,24 +118,34 @@ _OTHER_GENERATION = "frame of another generation"
 _SAID_BEFORE = "hello said before"
 _FIXED = "the ring is fixed"
 _GONE = "worker was taken for lost"
+_OVER = "generation is over"
 
 
 class Quorum:
-    """The state machine of one job's coordinator.
+    """The state machine of one job's coordinator, for one start of the ring.
 
     Args:
         settings: what the coordinator was told.
         new_token: gives a fresh CURVE key pair, public and secret half, for each generation.
+        restarts: how often the whole ring may be started again, over all quorums of the job; None if
+            whoever serves the job counts that, and goes by `JobFailed.restarts`.
     """
 
-    def __init__(self, settings: QuorumSettings, new_token: Callable[[], tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        settings: QuorumSettings,
+        new_token: Callable[[], tuple[str, str]],
+        restarts: RingRestarts | None = None,
+    ) -> None:
         self._settings = settings
-        self._state = state = JobState(settings, new_token)
+        self._state = state = JobState(settings, new_token, restarts)
         self._plan, self._roster, self._ring = state.plan, state.roster, state.ring
         self._peers, self._out, self._detector = state.peers, state.out, state.detector
         self._ending = Ending(state)
         self._succession = Succession(state, self._ending)
+        self._ends = Ends(state, self._succession, self._ending)
         self._restoration = Restoration(state, self._succession, self._ending)
+        self._waiting_room = WaitingRoom()
 
     @property
     def generation(self) -> int:
@@ -131,6 +161,18 @@ class Quorum:
     def launchers(self) -> int:
         """Launchers that take part now."""
         return len(self._state.launchers)
+
+    @property
+    def next_generation(self) -> int:
+        """The first number that the next start of the ring may use: members that were lost may have been
+        told of generations after this one."""
+        return max(self._settings.first_generation, self._ring.number + NUMBERS_SKIPPED + 1)
+
+    @property
+    def waiting_launchers(self) -> list[tuple[bytes, LauncherHello]]:
+        """Those that have come for the next start of the ring, and from which peer; its quorum is to hear
+        their hellos."""
+        return self._waiting_room.all()
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What follows from an event at `now_s`, on any monotonic clock."""
@@ -159,6 +201,8 @@ class Quorum:
         session = self._peers.session_of(peer)
         if session in self._state.launchers:
             return self._on_launcher(session, message, now_s)
+        if peer in self._waiting_room:
+            return self._on_waiting_launcher(peer, message)
         if self._restoration.holds(session):
             return self._restoration.hold(peer, session, message)
         worker = self._roster.of_session(session)
@@ -190,8 +234,8 @@ class Quorum:
                 return self._on_dispute(sequence, now_s)
             case CallReport(sequence=sequence, call=call):
                 return self._on_call_report(worker, sequence, call)
-            case Leaving(completed=completed):
-                self._leave(worker, completed, now_s)
+            case Leaving():
+                self._ends.leave(worker, message.completed, now_s, suspended=message.suspended)
             case Failing():
                 self._on_failing(worker, message, now_s)
             case Noted(event=event):
@@ -268,16 +312,6 @@ class Quorum:
             return _OUT_OF_TURN
         return self._state.inquiries.answer(sequence, worker.rank, call)
 
-    def _leave(self, worker: Worker, completed: int, now_s: float) -> None:
-        assert worker.rank is not None
-        worker.phase, worker.completed = Phase.LEFT, completed
-        self._detector.forget(worker.worker_id)
-        self._succession.leave(worker)
-        self._state.inquiries.know(worker.rank, worker.absence() or "")
-        self._out.tell_all(self._ring.members, self._ring.left(worker), but=worker)
-        if self._ring.all_left:
-            self._ending.all_left(now_s)
-
     def _on_failing(self, worker: Worker, failing: Failing, now_s: float) -> None:
         worker.failing = failing
         blames = failing.blames
@@ -285,7 +319,7 @@ class Quorum:
             blames = None
         # Its launcher will tell the exit code; without one, nobody will.
         code = 1 if self._plan.host_of(worker.worker_id) is None else None
-        self._fail(worker, failing.reason, now_s, code=code, blames=blames)
+        self._ends.fail(worker, failing.reason, now_s, code=code, blames=blames)
 
     def _on_noted(self, worker: Worker, event: dict[str, object]) -> str | None:
         name = event.get("event")
@@ -293,6 +327,8 @@ class Quorum:
             return "note of an unknown kind"
         details = {key: value for key, value in event.items() if key != "event"}
         details |= {"generation": self._ring.number, "worker_id": worker.worker_id}
+        if name in RESUMABLE or name == GIVEN_UP:
+            self._state.resumable = name != GIVEN_UP
         self._state.emit(str(name), **details)
         return None
 
@@ -304,6 +340,12 @@ class Quorum:
         if hello.session not in self._state.launchers:
             if hello.session in self._peers:
                 return "session taken"
+            if self._ending.restart is not None:
+                return self._on_early_launcher(peer, hello)
+            if hello.first_worker_id is not None and self._settings.first_generation > 1:
+                reason = "the whole ring was started again, and its workers here are not in it: start anew"
+                self._out.send(peer, Refused(reason=reason))
+                return _OVER
             abandoned = self._succession.abandoned()
             detail = self._plan.offer(hello, now_s, abandoned)
             if detail is not None:
@@ -317,6 +359,23 @@ class Quorum:
             self._restoration.launcher_came(now_s)
         self._peers.write_down(hello.session, peer)
         catch_up_launcher(self._state, self._succession, self._ending, hello.session)
+        return None
+
+    def _on_early_launcher(self, peer: bytes, hello: LauncherHello) -> str | None:
+        """It has come for the next start of the ring."""
+        refused = self._waiting_room.enter(peer, hello)
+        if refused is None:
+            self._out.send(peer, Waiting(reason=REASON))
+        return refused
+
+    def _on_waiting_launcher(self, peer: bytes, message: FromWorker | FromLauncher) -> str | None:
+        match message:
+            case Ask():
+                self._out.send(peer, Waiting(reason=REASON))
+            case LauncherLeaving():
+                self._waiting_room.leave(peer)
+            case _:
+                return _OUT_OF_TURN
         return None
 
     def _evict(self) -> None:
@@ -339,53 +398,10 @@ class Quorum:
                     return "launcher does not own this worker"
                 if self._restoration.keeps_exits(now_s):
                     return self._restoration.keep_exit(message)
-                return self._on_exit(message, now_s)
+                return self._ends.exit(message, now_s)
             case _:
                 return _OUT_OF_TURN
         return None
-
-    def _on_exit(self, exited: WorkerExited, now_s: float) -> str | None:
-        survives = self._state.survives
-        worker: Worker | None = self._roster[exited.worker_id]
-        if survives:
-            worker = self._roster.of_process(exited.worker_id, exited.pid)
-            if worker is None or worker.phase is Phase.AWAITED:
-                return self._succession.lose_unheard(exited)
-        assert worker is not None
-        if worker.exited is not None:
-            return "exit reported before"
-        worker.exited = exited
-        before, reason = worker.phase, exited.reason
-        if survives and worker.vacant:
-            return None
-        if exited.code == 0:
-            if before is Phase.LEFT:
-                return None
-            if before is Phase.AWAITED:  # a script without a ring; if others form one, it is missed then
-                worker.phase = Phase.GONE
-                return None
-            if before is Phase.MEMBER and not worker.session:  # it was done while no coordinator was there
-                self._leave(worker, 0, now_s)
-                return None
-            reason = f"{reason} before it called ringps.shutdown()"
-        if worker.failing is not None:
-            reason = f"{reason}: {worker.failing.reason}"
-        self._fail(worker, reason + worker.shortfall, now_s, code=exited.code or 1)
-        return None
-
-    def _fail(
-        self, worker: Worker, reason: str, now_s: float, *, code: int | None, blames: int | None = None
-    ) -> None:
-        """A worker failed. An elastic ring goes on without it, if it can."""
-        if self._state.survives and worker.phase in JOINERS:
-            self._succession.lose_joiner(worker, reason)
-        elif self._state.survives and worker.phase in SEATED:
-            self._succession.lose(worker, reason, now_s, code=code, blames=blames)
-        elif not worker.departed or self._ring.lost is not None:
-            self._ending.blame(worker, reason, now_s, code=code, blames=blames)
-            if blames is None and worker.phase is not Phase.LEFT:
-                # If it blames another, that one's own end is about to be noticed, and says more.
-                self._ending.lose(worker, reason)
 
     # Heartbeats.
 
@@ -413,9 +429,12 @@ class Quorum:
 
     def _follow_up(self, now_s: float) -> None:
         if self._plan.settle(now_s):
+            if self._state.restarts is not None:
+                self._state.restarts.began(now_s)
             for session in self._plan.launchers:
                 self._out.send_to(session, self._plan.assignment(session))
         self._restore(now_s)
+        self._ends.judge_early(now_s)
         self._lose_the_silent(now_s)
         self._succession.wait_for_members(now_s)
         self._succession.settle_changes(now_s)
@@ -433,7 +452,7 @@ class Quorum:
             if refused is not None:
                 self._out.refuse(refused)
         for exited in self._restoration.take_exits(now_s):
-            refused = self._on_exit(exited, now_s)
+            refused = self._ends.exit(exited, now_s)
             if refused is not None:
                 self._out.refuse(refused)
 
@@ -444,7 +463,7 @@ class Quorum:
                 timeout_s = self._settings.timeouts.heartbeat_timeout_s
                 reason = f"it did not come back within {timeout_s:.1f} s after the coordinator was restarted"
             survives = self._state.survives
-            self._fail(worker, reason, now_s, code=1)
+            self._ends.fail(worker, reason, now_s, code=1)
             if survives:
                 self._succession.expel(worker)
 
@@ -455,7 +474,7 @@ class Quorum:
         gone = None if ring.formed_once else self._roster.gone()
         if gone is not None:  # with code 0, or the ring would be lost already
             reason = "process exited with code 0 without joining the ring, for which others wait"
-            self._fail(gone, reason, now_s, code=1)
+            self._ends.fail(gone, reason, now_s, code=1)
         elif ring.bound:
             if self._succession.turn_away(now_s):
                 return

@@ -57,6 +57,8 @@ class Restoration:
         state = self._state
         if state.ring.lost is not None:
             return False
+        if 0 < hello.generation < state.settings.first_generation:
+            return False  # of an earlier start of the ring, which is over for good
         if self._adopted:
             # A fresh process may be a member too: one that did not hear that its generation formed.
             member = member_adopted_as(state, hello) if hello.session not in state.peers else None
@@ -196,7 +198,7 @@ class Restoration:
             entry.held.clear()
             state.peers.write_down(hello.session, entry.peer)
             worker = state.roster.admit(hello, Phase.LEFT)
-            worker.completed = leaving.completed
+            worker.completed, worker.suspended = leaving.completed, leaving.suspended
             catch_up(state, self._succession, worker)
         else:
             entry.held.clear()

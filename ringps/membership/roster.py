@@ -71,6 +71,8 @@ class Worker:
     exited: WorkerExited | None = None
     departed: bool = False
     """Whether it left because it was asked to, and not because its script was done."""
+    suspended: bool = False
+    """Whether it left because the job stops at a checkpoint."""
     end: str = ""
     """Why it is gone, or has departed."""
     shortfall: str = ""

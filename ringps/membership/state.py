@@ -11,6 +11,7 @@ from ringps.membership.formation import Ring
 from ringps.membership.inquiry import Inquiries
 from ringps.membership.peers import Outbox, PeerBook
 from ringps.membership.plan import JobPlan
+from ringps.membership.restarts import RingRestarts
 from ringps.membership.roster import Roster, Worker
 
 STEP_EVENT_INTERVAL_S = 1.0
@@ -22,10 +23,17 @@ class JobState:
     Args:
         settings: what the coordinator was told.
         new_token: gives a fresh CURVE key pair, public and secret half, for each generation.
+        restarts: how often the whole ring may be started again; None if another counts that.
     """
 
-    def __init__(self, settings: QuorumSettings, new_token: Callable[[], tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        settings: QuorumSettings,
+        new_token: Callable[[], tuple[str, str]],
+        restarts: RingRestarts | None = None,
+    ) -> None:
         self.settings = settings
+        self.restarts = restarts
         self.plan = JobPlan(settings.world_size, settings.settle_s)
         self.roster = Roster()
         self.launchers: set[str] = set()
@@ -33,10 +41,13 @@ class JobState:
         self.peers = PeerBook()
         self.out = Outbox(self.peers)
         self.ring = Ring()
+        self.ring.skip_to(settings.first_generation - 1)
         self.detector = SilenceDetector(settings.timeouts.heartbeat_timeout_s)
         self.inquiries = Inquiries(settings.timeouts.inquiry_timeout_s)
         self.ended = False
         """Whether the ring has come to its end and nobody is missing."""
+        self.resumable = False
+        """Whether a checkpoint was saved or restored, from which the ring can be started again."""
         self.step = 0
         """The newest that a heartbeat told of."""
         self._new_token = new_token

@@ -1,4 +1,6 @@
-"""What a training loop needs of the ring to let members come and go between two steps."""
+"""What a training loop needs of the ring to let members come and go between two steps.
+
+In a fixed ring nobody comes and goes: there `suspend` and `note` alone are of use."""
 
 from __future__ import annotations
 
@@ -52,6 +54,12 @@ class Admission(Protocol):
     def ask_to_leave(self) -> None:
         """Leave after the step that is under way. Any thread, and signal handlers."""
 
+    def suspend(self) -> None:
+        """The job stops at a checkpoint: this worker is about to leave because of that."""
+
+    def note(self, event: str, **details: object) -> None:
+        """Have a line written to the events file."""
+
 
 _admission: Admission | None = None
 
@@ -63,5 +71,5 @@ def use(admission: Admission | None) -> None:
 
 
 def current_admission() -> Admission | None:
-    """This process's; None in a fixed ring."""
+    """This process's; None in a ring of one that no launcher started."""
     return _admission

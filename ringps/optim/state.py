@@ -6,18 +6,19 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ringps import probe
-from ringps.checkpoint.tree import State, flatten, unflatten
-from ringps.collectives import Change, ElasticCommunicator, current
+from ringps.checkpoint.tree import flatten, unflatten
+from ringps.collectives import Change, Communicator, ElasticCommunicator, current
 from ringps.data import ElasticBatchSampler
-from ringps.errors import LayoutMismatchError, PeerLostError, RingChangedError
+from ringps.errors import CheckpointError, LayoutMismatchError, PeerLostError, RingChangedError
 from ringps.membership import JobOver
+from ringps.optim import randomness
 from ringps.optim.admission import Admission, current_admission
 from ringps.optim.replicate import replicate
 from ringps.optim.wrapper import DistributedOptimizer
@@ -31,6 +32,41 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class _Ask(NamedTuple):
+    """The handler of a signal: asks a loop to end."""
+
+    leave: Callable[[], None]
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.leave()
+
+
+class Keeper(Protocol):
+    """Takes part in the loop between two steps: whoever saves checkpoints."""
+
+    def begin(self, loader: object) -> None:
+        """The loop is about to begin; a joining worker has its state."""
+
+    def ask_to_stop(self) -> None:
+        """This process got SIGTERM. Called in a signal handler."""
+
+    def stops(self, marks: Sequence[int]) -> bool:
+        """Whether the job ends after this step, by all ranks' marks."""
+
+    def stop(self) -> None:
+        """Save, and leave. Returns only if the ring changed on the way: then the next step follows.
+
+        Raises:
+            SystemExit: it is done.
+        """
+
+    def between(self, marks: Sequence[int]) -> None:
+        """All ranks are between the same two steps, and nobody comes or goes."""
+
+    def finish(self) -> None:
+        """The last step has been applied, on all ranks."""
 
 
 class TrainState:
@@ -127,45 +163,61 @@ class TrainState:
             LayoutMismatchError: in a joining worker: its model or optimizer is not the members'.
             RingpsError: what collectives raise.
         """
-        ring = current()
-        admission = current_admission()
+        return self.run(loader, until, None)
+
+    def run(self, loader: Iterable[Any], until: int, keeper: Keeper | None) -> Iterator[tuple[int, Any]]:
+        """`steps`, with somebody who takes part between two of them."""
+        ring, admission = current(), current_admission()
         if isinstance(ring, ElasticCommunicator) and admission is not None:
             self._begin(ring, admission)
-        with self._terminable(admission):
+        if keeper is not None:
+            keeper.begin(loader)
+        with self._terminable(ring, admission, keeper):
             while self._step < until:
                 generation, yielded = ring.generation.number, False
-                for batch in loader:
+                with randomness.for_iterator(loader, self._step, ring.rank):
+                    batches = iter(loader)
+                for batch in batches:
                     yielded = True
                     yield self._step + 1, batch
                     self._step += 1
                     if isinstance(ring, ElasticCommunicator) and admission is not None:
-                        self._between(ring, admission)
+                        self._between(ring, admission, keeper)
+                    elif keeper is not None:
+                        self._keep(ring, keeper)
                     stale = self._sampler is not None and self._sampler.stale
                     if self._step >= until or stale or ring.generation.number != generation:
                         break
                 if not yielded:
                     raise ValueError("the loader yields no batch")
+            if keeper is not None:
+                keeper.finish()
 
     # Coming and going.
 
     @contextlib.contextmanager
-    def _terminable(self, admission: Admission | None) -> Iterator[None]:
+    def _terminable(
+        self, ring: Communicator, admission: Admission | None, keeper: Keeper | None
+    ) -> Iterator[None]:
         """While a loop runs that can leave in order, SIGTERM asks it to."""
-        ours = admission is not None and threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        leave: Callable[[], None] | None = None
+        if keeper is not None:
+            leave = keeper.ask_to_stop
+        elif ring.elastic and admission is not None:
+            leave = admission.ask_to_leave
+        here = threading.current_thread() is threading.main_thread()
+        found = signal.getsignal(signal.SIGTERM)
+        # A loop that an exception has ended may live on in its traceback; then its handler is still set.
+        if leave is None or not here or not (found is signal.SIG_DFL or isinstance(found, _Ask)):
             yield
             return
-        assert admission is not None
-        leave = admission.ask_to_leave
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            leave()
-
-        signal.signal(signal.SIGTERM, handle)
+        own = _Ask(leave)
+        signal.signal(signal.SIGTERM, own)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGTERM) is own:  # no later loop has taken over
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _begin(self, ring: ElasticCommunicator, admission: Admission) -> None:
         if self._sampler is not None:
@@ -174,13 +226,30 @@ class TrainState:
             self._join(ring, admission)
         admission.admit()
 
-    def _between(self, ring: ElasticCommunicator, admission: Admission) -> None:
+    def _keep(self, ring: Communicator, keeper: Keeper) -> None:
+        """Between two steps of a fixed ring, whose ranks have not voted."""
+        if probe.listener is not None:
+            probe.reached("boundary", step=self._step)
+        if not self._optimizer.between_steps:
+            return
+        own = torch.tensor([ring.marks()], dtype=torch.uint8)
+        marks = torch.empty(ring.world_size, dtype=torch.uint8)
+        ring.all_gather(marks, own)
+        given = marks.tolist()
+        if keeper.stops(given):
+            keeper.stop()
+        keeper.between(given)
+
+    def _between(self, ring: ElasticCommunicator, admission: Admission, keeper: Keeper | None) -> None:
         if probe.listener is not None:
             probe.reached("boundary", step=self._step)
         change = ring.take_change()
         if change is None:
             return
-        if change.leavers:
+        kept = keeper if self._optimizer.between_steps else None
+        if kept is not None and kept.stops(change.marks):
+            kept.stop()
+        elif change.leavers:
             with contextlib.suppress(PeerLostError, RingChangedError):
                 ring.raw.barrier()  # all have committed, and need not find out whether others did
             if ring.rank in change.leavers:
@@ -191,6 +260,8 @@ class TrainState:
         elif change.joiners and self._offer(ring, admission, change):
             ring.reform(RingChangedError("workers join"))
             ring.settle()
+        elif kept is not None:
+            kept.between(change.marks)
 
     def _leave(self, ring: ElasticCommunicator, admission: Admission) -> None:
         who = ring.generation.describe(ring.rank)
@@ -201,7 +272,7 @@ class TrainState:
     def _offer(self, ring: ElasticCommunicator, admission: Admission, change: Change) -> bool:
         """Let joining workers fetch the state, which stays as it is until the next step has committed."""
         try:
-            state = self._for_joiners(ring)
+            state = flatten(self.shared(ring.raw))
         except (PeerLostError, RingChangedError):
             return False  # the next operation finds out what has become of the ring
         if probe.listener is not None:
@@ -211,15 +282,14 @@ class TrainState:
         self._optimizer.at_next_commit(admission.withdraw)
         return True
 
-    def _for_joiners(self, ring: ElasticCommunicator) -> State:
-        """The state, with rank 0's buffers in the place of this rank's own, and what else a member needs."""
-        persistent = self._model.state_dict()
-        buffers = {
-            name: buffer.detach().clone()
-            for name, buffer in self._model.named_buffers()
-            if name in persistent
-        }
-        replicate(ring.raw, list(buffers.values()))
+    def shared(self, ring: Communicator) -> dict[str, Any]:
+        """What all ranks have in common, and what else a member needs. Collective.
+
+        The model's buffers, which are each rank's own, are those of rank 0, in new memory; all other tensors
+        are live.
+        """
+        buffers = {name: buffer.detach().clone() for name, buffer in self._buffers().items()}
+        replicate(ring, list(buffers.values()))
         state = self.state_dict()
         state["model"] = {**state["model"], **buffers}
         state["member"] = {
@@ -227,7 +297,63 @@ class TrainState:
             "progress": self._optimizer.progress(),
             "parts": sorted(self._parts),
         }
-        return flatten(state)
+        return state
+
+    def own(self, loader: object) -> dict[str, Any]:
+        """What is this rank's alone: its random number generators, and its model's buffers."""
+        return {"random": randomness.capture(loader), "buffers": self._buffers()}
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        persistent = self._model.state_dict()
+        return {name: buffer for name, buffer in self._model.named_buffers() if name in persistent}
+
+    def go_on(self, state: dict[str, Any], where: str) -> None:
+        """Continue from what `shared` gave some time ago, with any number of ranks; alike on all ranks.
+
+        Args:
+            state: may come from a file.
+            where: what to call it in errors.
+
+        Raises:
+            CheckpointError: it is that of another model, or of other parts.
+        """
+        member = state["member"]
+        theirs, ours = dict(member["layout"]), dict(self._optimizer.layout())
+        _compare_tensors(state["model"], self._model.state_dict(), where)
+        missing = sorted({*self._parts} - {*member["parts"]})
+        if missing or (self._sampler is not None and "sampler" not in state):
+            raise CheckpointError(
+                f"{where} has no state of {', '.join(missing) or 'the sampler'}, which this TrainState has; "
+                "leave it out of TrainState, or begin in another directory"
+            )
+        try:
+            self._load(state, joining=False)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{where} does not fit this script: {error}") from error
+        # Of other buckets, their order means nothing.
+        self._optimizer.go_on(member["progress"], order=theirs == ours)
+
+    def go_on_alone(self, own: dict[str, Any] | None, loader: object, other: dict[str, Any]) -> None:
+        """Continue from what `own` gave on the rank that had this one's number, or without it.
+
+        Args:
+            own: None if there was no such rank: generators are seeded anew, from those of `other`.
+            loader: the loop's.
+            other: rank 0's.
+        """
+        if own is None:
+            randomness.seed_apart(other["random"], current().rank)
+            return
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                if name in own["buffers"]:
+                    buffer.copy_(own["buffers"][name])
+        randomness.restore(own["random"], loader)
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether all gradients so far have been applied."""
+        return self._optimizer.between_steps
 
     # As a joining worker.
 
@@ -287,3 +413,24 @@ class TrainState:
         if self._sampler is not None:
             self._sampler.load_state_dict(state["sampler"], joining=joining)
         self._step = state["step"]
+
+
+def _compare_tensors(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        CheckpointError: a saved model's tensors are not those of this one; names the first that is not.
+    """
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        there, here = (_describe(state.get(name)) for state in (theirs, ours))
+        if there != here:
+            raise CheckpointError(
+                f'{where} is of another model: it has {there} as "{name}", and this script {here}. Build the '
+                "model as it was, or begin in another directory"
+            )
+
+
+def _describe(entry: object) -> str:
+    if isinstance(entry, torch.Tensor):
+        dtype = str(entry.dtype).removeprefix("torch.")
+        return f"{dtype}[{', '.join(map(str, entry.shape))}]"
+    return "nothing" if entry is None else f"a {type(entry).__name__}"

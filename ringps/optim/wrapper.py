@@ -216,8 +216,20 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """What a new member needs beside the state, to reduce gradients together with the others."""
         return self._reducer.progress()
 
-    def go_on(self, progress: dict[str, Any]) -> None:
-        """Go on from the others' `progress`."""
+    @property
+    def between_steps(self) -> bool:
+        """Whether there are no gradients that are yet to be applied."""
+        return self._reducer.between_steps
+
+    def go_on(self, progress: dict[str, Any], *, order: bool = True) -> None:
+        """Go on from the others' `progress`.
+
+        Args:
+            progress: theirs, or this ring's own of some time ago.
+            order: also with the buckets in the order that was learned then; only for the same layout.
+        """
+        if not order:
+            progress = {**progress, "order": None, "cap_bytes": self._reducer.progress()["cap_bytes"]}
         self._reducer.go_on(progress)
 
     def at_next_commit(self, call: Callable[[], None]) -> None:

@@ -31,7 +31,7 @@ NOTHING = bytes(HASH_BYTES)
 """Stands for the hash of something that is not compared."""
 
 _NOBODY = 0xFFFF
-_VOTE = struct.Struct(f"<QIIQ16s16sIB3x{MOST_JOINERS}H")
+_VOTE = struct.Struct(f"<QIIQ16s16sIBB2x{MOST_JOINERS}H")
 _STATUS = struct.Struct("<QI???x16s")
 VOTE_BYTES = _VOTE.size
 STATUS_BYTES = _STATUS.size
@@ -78,6 +78,9 @@ class Vote(NamedTuple):
     joiners: tuple[int, ...] = ()
     """Worker ids that it knows to be ready to join, ascending."""
 
+    marks: int = 0
+    """8 bits of whoever saves checkpoints; they mean nothing here."""
+
     def pack(self) -> bytes:
         """`VOTE_BYTES` bytes."""
         joiners = [*self.joiners, *[_NOBODY] * MOST_JOINERS][:MOST_JOINERS]
@@ -90,15 +93,18 @@ class Vote(NamedTuple):
             self.parameters,
             min(self.busy_us, 0xFFFFFFFF),
             self.leaving,
+            self.marks,
             *joiners,
         )
 
     @classmethod
     def unpack(cls, raw: bytes) -> Vote:
         """The vote that `pack` packed."""
-        operation, generation, _, step, result, parameters, busy_us, leaving, *joiners = _VOTE.unpack(raw)
+        operation, generation, _, step, result, parameters, busy_us, leaving, marks, *joiners = _VOTE.unpack(
+            raw
+        )
         known = tuple(one for one in joiners if one != _NOBODY)
-        return cls(operation, generation, step, result, parameters, busy_us, bool(leaving), known)
+        return cls(operation, generation, step, result, parameters, busy_us, bool(leaving), known, marks)
 
 
 class Finding(Enum):

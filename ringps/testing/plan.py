@@ -24,7 +24,10 @@ AT_STEPS = ("step", "bucket", "reduced", "vote", "voted", "committed", "boundary
 AT_EXCHANGES = ("chunk", "phase")
 AT_GENERATIONS = ("prepare", "bound", "connected", "handshake")
 AT_JOINS = ("offer", "fetch", "fed")
-POINTS = (*AT_STEPS, *AT_EXCHANGES, *AT_GENERATIONS, *AT_JOINS)
+AT_SAVES = ("save_write", "save_publish", "saved", "restore")
+TRAINING = (*AT_STEPS, *AT_EXCHANGES, *AT_GENERATIONS, *AT_JOINS)
+"""The moments of every job; those `AT_SAVES` come in jobs with checkpoints only."""
+POINTS = (*TRAINING, *AT_SAVES)
 """Names of the moments; `ringps.probe` says what they are."""
 
 _ONLY_AT: dict[str, tuple[str, ...]] = {
@@ -258,7 +261,7 @@ class FaultPlan:
         steps: int,
         count: int,
         kinds: Mapping[Kind, int],
-        points: Iterable[str] = POINTS,
+        points: Iterable[str] = TRAINING,
         stop_s: float = 0.2,
         buckets: int = 1,
     ) -> FaultPlan:
@@ -291,7 +294,7 @@ class FaultPlan:
         for index in range(count):
             kind = lots[draw(len(lots))]
             point = suited[kind][draw(len(suited[kind]))]
-            shared = kind == "corrupt_parameters" or point in AT_JOINS
+            shared = kind == "corrupt_parameters" or point in AT_JOINS or point == "save_publish"
             moment = Moment(
                 point=point,
                 since_step=1 + index * steps // count,

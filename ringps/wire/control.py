@@ -50,7 +50,7 @@ from ringps.wire.rules import (
     worker_id,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_FRAME_BYTES = 256 * 1024
 
@@ -123,6 +123,8 @@ class Leaving:
 
     generation: Number
     completed: Number
+    suspended: Flag = False
+    """It leaves because the job stops at a checkpoint, to go on from there another time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +227,8 @@ class WorkerExited:
     pid: Pid
     code: ExitCode
     reason: Reason
+    stopping: Flag = False
+    """Whether its launcher had been told to stop by then."""
 
 
 # To a worker (Refused and Waiting also to a launcher).
@@ -417,11 +421,18 @@ class JobFailed:
     code: ExitCode
     """What the job should exit with: never 0."""
     reason: Reason
+    restarts: Flag = False
+    """Whether the whole ring is started again, from the latest checkpoint: end the workers, and register
+    again. To the only launcher of a job with a coordinator of its own: whether that is worth it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobDone:
     """The job came to a good end: all workers exited with code 0, but for those that the ring did without."""
+
+    suspended: Flag = False
+    """Whether it stopped at a checkpoint instead of running to its end; workers that did exited with
+    `worker_env.SUSPENDED_CODE`."""
 
 
 FromWorker = (

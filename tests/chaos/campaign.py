@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ringps.checkpoint.inspection import verify
 from ringps.testing.job import Ended, FaultyJob, run_job
 from ringps.testing.nursery import Nursery
-from ringps.testing.plan import POINTS, Fault, FaultPlan, Kind, Moment
+from ringps.testing.plan import TRAINING, Fault, FaultPlan, Kind, Moment
 from tests.chaos import ledgers
 
 SCRIPT = Path(__file__).with_name("train.py")
@@ -19,6 +20,8 @@ ENVIRON = {
     "RINGPS_SILENT_LINK_S": "1",
     "RINGPS_RENDEZVOUS_TIMEOUT_S": "60",
 }
+SAVING = ("save_write", "save_publish") * 2
+"""Moments of a save, drawn twice as often as any other."""
 MANY: dict[Kind, int] = {
     "kill": 2, "leave": 1, "stop": 4, "cut": 5, "delay": 5, "slow": 3,
     "corrupt_bucket": 5, "corrupt_parameters": 3, "corrupt_frame": 4,
@@ -55,7 +58,7 @@ class Campaign:
             steps=due,
             count=self.count - self.workers,
             kinds=kinds,
-            points=[point for point in POINTS if point != foreign],
+            points=[point for point in (*TRAINING, *SAVING) if point != foreign],
             buckets=3,
         )
         last = (
@@ -90,12 +93,14 @@ class Campaign:
         plan.check_fired(job.record.read_text())
         counts = ledgers.check(directory, steps=self.steps, samples=SAMPLES)
         check_exits(ended, directory)
+        saved = check_checkpoints(ended, directory, self.steps)
         happened = Counter(fault.kind for fault in plan.faults)
         kinds = ", ".join(f"{count} {kind}" for kind, count in happened.most_common())
         return (
             f"{self.transport}, seed {self.seed}: {len(plan.faults)} faults ({kinds}) "
             f"in {ended.seconds:.0f} s, "
-            f"{counts['generations']} generations, {counts['processes']} processes, {counts['epochs']} epochs"
+            f"{counts['generations']} generations, {counts['processes']} processes, "
+            f"{counts['epochs']} epochs, {saved} checkpoints"
         )
 
 
@@ -105,3 +110,16 @@ def check_exits(ended: Ended, directory: Path) -> None:
     expelled = sum("ExpelledError" in path.read_text() for path in directory.glob("log-*"))
     strange = {code: count for code, count in codes.items() if code not in (0, 1, -9, -15, 143)}
     assert not strange and codes[1] <= expelled, f"exit codes of workers: {codes}, {expelled} were expelled"
+
+
+def check_checkpoints(ended: Ended, directory: Path, steps: int) -> int:
+    """Checkpoints were saved all the while, the last step is, and those that are left are whole. How many."""
+    saved = [event["step"] for event in ended.events if event["event"] == "checkpoint_saved"]
+    assert saved == sorted(set(saved)), f"checkpoints out of order: {saved}"
+    assert saved[-1] == steps, f"the last of {steps} steps was not saved: {saved[-5:]}"
+    found = verify(directory / "checkpoints").checkpoints
+    damaged = [one for one in found if one.damage]
+    assert found and not damaged, f"damaged checkpoints: {damaged}"
+    failed = [event for event in ended.events if event["event"] == "checkpoint_failed"]
+    assert not failed, f"saves that failed: {failed}"
+    return len(saved)

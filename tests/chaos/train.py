@@ -30,6 +30,7 @@ parser.add_argument("--batch", type=int, default=16)
 parser.add_argument("--compare-every", type=int, default=5)
 parser.add_argument("--patience-s", type=float, default=0.1, help="how long a step waits for missing members")
 parser.add_argument("--workers", type=int, default=4)
+parser.add_argument("--save-every", type=int, default=5)
 options = parser.parse_args()
 
 ringps.init()
@@ -81,21 +82,26 @@ opt = ringps.DistributedOptimizer(
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, options.steps)
 state = ringps.TrainState(model=model, optimizer=opt, sampler=sampler, scheduler=schedule)
 loss = torch.tensor(float("nan"))
-for step, (batch, targets, indices) in state.steps(loader, until=options.steps):
-    wait_for_the_missing()
-    note("batch", step=step, samples=indices.tolist())
-    loss = (model(batch) - targets).square().mean()
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    schedule.step()
-    if step % options.compare_every == 0:
-        own = int.from_bytes(digest(*model.parameters())[:7], "little")
-        least, most = torch.tensor([own]), torch.tensor([own])
-        ringps.all_reduce(least, "min")
-        ringps.all_reduce(most, "max")
-        if int(least) != int(most):
-            raise SystemExit(f"step {step}: ranks hold different parameters")
+saving = ringps.Saving(stop_window_s=0.05)
+checkpointer = ringps.Checkpointer(
+    options.directory / "checkpoints", state, every_steps=options.save_every, saving=saving
+)
+with checkpointer as ckpt:
+    for step, (batch, targets, indices) in ckpt.steps(loader, until=options.steps):
+        wait_for_the_missing()
+        note("batch", step=step, samples=indices.tolist())
+        loss = (model(batch) - targets).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        if step % options.compare_every == 0:
+            own = int.from_bytes(digest(*model.parameters())[:7], "little")
+            least, most = torch.tensor([own]), torch.tensor([own])
+            ringps.all_reduce(least, "min")
+            ringps.all_reduce(most, "max")
+            if int(least) != int(most):
+                raise SystemExit(f"step {step}: ranks hold different parameters")
 with torch.no_grad():
     final = float((model(inputs) - inputs.sum(1, keepdim=True)).square().mean())
 note("end", step=state.step, digest=digest(*model.parameters()).hex(), loss=final)

@@ -389,7 +389,7 @@ class TestRefusal:
     def test_another_protocol_version(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         site.serve(1)
         link = site.worker(0)
-        monkeypatch.setattr("ringps.wire.control.PROTOCOL_VERSION", 3)
+        monkeypatch.setattr("ringps.wire.control.PROTOCOL_VERSION", 99)
         frame = encode(hello(0))
         monkeypatch.undo()
         stranger = Stranger(site)

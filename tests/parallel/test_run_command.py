@@ -191,6 +191,13 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_launcher(tmp_path: Path
         assert command.process.returncode == 143
 
 
+def test_workers_are_told_where_to_save_checkpoints(tmp_path: Path) -> None:
+    program = script(tmp_path, "print(os.environ.get('RINGPS_CHECKPOINT_DIR'))")
+    for given, told in (("ckpt", str(tmp_path / "ckpt")), ("s3://bucket/ckpt", "s3://bucket/ckpt")):
+        done = run("run", "-n", "1", "--checkpoint-dir", given, program, cwd=tmp_path)
+        assert (done.code, done.out) == (0, f"[0] {told}\n")
+
+
 def test_events(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     events.write_text('{"event": "torn')
@@ -266,6 +273,8 @@ def unreadable_key(directory: Path) -> Path:
         ),
         (["run", "-n", "2", "--max-restarts", "-1", "SCRIPT"], 2, "--max-restarts"),
         (["run", "-n", "2", "--max-restarts", "few", "SCRIPT"], 2, "'few' is not a whole number"),
+        (["run", "-n", "2", "--checkpoint-dir", "", "SCRIPT"], 2, "--checkpoint-dir"),
+        (["coordinator", "--bind", "127.0.0.1:0", "--max-restarts", "-1"], 2, "--max-restarts"),
         (["run", "-n", "1", "--join", "nowhere", "--key-file", "k", "SCRIPT"], 2, "HOST:PORT"),
         (["run", "-n", "1", "--join", "127.0.0.1:1", "SCRIPT"], 2, "go together"),
         (["run", "-n", "1", "--key-file", "k", "SCRIPT"], 2, "go together"),
@@ -328,6 +337,9 @@ def test_version_and_help() -> None:
     for command in ("run", "coordinator"):
         text = " ".join(run(command, "--help").out.split())
         assert "--min-workers M" in text and meaning in text
+        assert "--max-restarts R" in text and "the whole ring is started again" in text
+    text = " ".join(done.out.split())
+    assert "--checkpoint-dir DIR where ringps.Checkpointer saves, unless the script names" in text
 
 
 def test_the_launcher_does_not_load_torch() -> None:

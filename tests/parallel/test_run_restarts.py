@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ringps.membership import Expel, JobDone, JobFailed, JobKey, Replaceable
-from ringps.wire.control import WorkerExited
+from ringps.wire.control import LauncherLeaving, WorkerExited
 from tests.launching import Ringps, script, start
 from tests.scripted import ScriptedCoordinator
 
@@ -191,6 +191,57 @@ def test_a_worker_lost_while_the_coordinator_is_away_is_replaced_once_it_is_back
             second.say(Replaceable(worker_id=1, reason="lost"))
             end_well(second, survivor, pid_of(command, 1, restart=1))
             assert command.finish().code == 0
+
+
+def test_to_start_the_ring_again_a_coordinator_that_is_away_is_waited_for(site: Site) -> None:
+    quick = {"RINGPS_CONNECT_TIMEOUT_S": "1"}
+    with ExitStack() as stack:
+        with site.coordinator() as first:
+            command = stack.enter_context(site.start(first, **quick))
+            first.assign(2)
+            _, victim = pids_of(command)
+            os.kill(victim, signal.SIGKILL)
+            first.hear(WorkerExited)
+            first.say(Replaceable(worker_id=1, reason="lost"))
+            assert stderr_line(command).endswith("(2 of 3 restarts left)")
+            pid_of(command, 1, restart=1)
+            failed = {"worker_id": 1, "rank": 1, "host": "node-a", "code": 137, "reason": "why"}
+            first.say(JobFailed(**failed, restarts=True))
+            assert stderr_line(command) == "ringps: killing rank 0, 1: the whole ring is started again"
+            assert {first.hear(WorkerExited).code for _ in range(2)} == {137}
+            first.hear(LauncherLeaving)
+        assert stderr_line(command) == (
+            "ringps: rank 1 (worker 1 on node-a) failed: why; "
+            "the coordinator starts the whole ring again from the latest checkpoint"
+        )
+        assert "; trying again for 29" in stderr_line(command)
+        with site.coordinator(first.port) as second:
+            hello = second.assign(2)
+            assert (hello.first_worker_id, hello.world_size) == (None, None), "as at the first start"
+            again = pids_of(command)
+            end_well(second, *again)
+            assert command.finish().code == 0
+    assert [event.get("restart") for event in site.happened("worker_started")] == [None, None, 1, 2, 2]
+    log = (site.logs / "rank-0.log").read_text().splitlines()
+    assert [line.split()[-1] for line in log] == ["0", "2"]
+
+
+def test_ctrl_c_while_a_coordinator_is_waited_for(site: Site) -> None:
+    with ExitStack() as stack:
+        with site.coordinator() as coordinator:
+            command = stack.enter_context(site.start(coordinator, RINGPS_CONNECT_TIMEOUT_S="1"))
+            coordinator.assign(2)
+            for pid in pids_of(command):
+                os.kill(pid, signal.SIGKILL)
+                coordinator.hear(WorkerExited)
+            failed = {"worker_id": 1, "rank": 1, "host": "node-a", "code": 137, "reason": "why"}
+            coordinator.say(JobFailed(**failed, restarts=True))
+            coordinator.hear(LauncherLeaving)
+        assert "starts the whole ring again" in stderr_line(command)
+        assert "; trying again for" in stderr_line(command)
+        command.send(signal.SIGINT)
+        done = command.finish()
+    assert (done.code, done.last) == (130, "ringps: stopped: got SIGINT")
 
 
 def test_restarts_leave_no_descriptors_open(site: Site) -> None:

@@ -60,6 +60,7 @@ RIGHT, WRONG, OTHER = a_hash("right"), a_hash("wrong"), a_hash("other")
         joiners=st.lists(st.integers(0, 0xFFFE), max_size=MOST_JOINERS, unique=True).map(
             lambda ids: tuple(sorted(ids))
         ),
+        marks=st.integers(0, 255),
     )
 )
 def test_a_vote_is_read_as_it_was_written(vote: Vote) -> None:

@@ -80,7 +80,7 @@ EXAMPLES: tuple[Message, ...] = (
     Ask(),
     Dispute(generation=1, sequence=17),
     CallReport(generation=1, sequence=17, call="all_reduce(1048576 x float32, sum)"),
-    Leaving(generation=1, completed=100),
+    Leaving(generation=1, completed=100, suspended=True),
     Failing(reason="ValueError: Größe\n  in line 2", blames=None),
     Suspect(generation=1, worker_id=2, forming=False, reason="connection closed"),
     Admitting(generation=1),
@@ -100,7 +100,9 @@ EXAMPLES: tuple[Message, ...] = (
         session="0123456789abcdef" * 2,
     ),
     LauncherLeaving(),
-    WorkerExited(worker_id=3, pid=4711, code=137, reason="process killed by signal 9 (SIGKILL)"),
+    WorkerExited(
+        worker_id=3, pid=4711, code=137, reason="process killed by signal 9 (SIGKILL)", stopping=True
+    ),
     Welcome(heartbeat_port=4243, elastic=True, running=3),
     Refused(reason="worker id 3 is taken"),
     Waiting(reason="1 of 4 workers has not come: worker 3"),
@@ -140,10 +142,13 @@ EXAMPLES: tuple[Message, ...] = (
     Replaceable(worker_id=2, reason="process killed by signal 9"),
     Expel(worker_id=2, pid=4711, reason="no heartbeat for 3.0 s"),
     JobEvent(event={"t": 1.5, "event": "step_committed", "step": 3, "members": [{"rank": 0}]}),
-    JobFailed(worker_id=2, rank=2, host="node-a", code=137, reason="process killed by signal 9"),
-    JobDone(),
+    JobFailed(
+        worker_id=2, rank=2, host="node-a", code=137, reason="process killed by signal 9", restarts=True
+    ),
+    JobDone(suspended=True),
 )
 
+_FLAGS = ("encrypt", "encrypt_data", "elastic", "forming", "suspended", "stopping", "restarts")
 _MAY_BE_EMPTY = {("Hello", "members"), ("Joiners", "worker_ids")}
 
 _PHRASES = (
@@ -220,7 +225,7 @@ class TestEveryMessage:
     def test_is_refused_with_a_field_of_the_wrong_kind(self, message: Message, wrong: Any) -> None:
         name = type(message).__name__
         for entry in dataclasses.fields(message):
-            if entry.name in ("encrypt", "encrypt_data", "elastic", "forming") and wrong is True:
+            if entry.name in _FLAGS and wrong is True:
                 continue
             if entry.name == "event" and isinstance(wrong, dict):
                 continue

@@ -348,11 +348,12 @@ def test_all_learn_at_once_who_leaves_and_who_is_known_to_wait() -> None:
     ring.leaving, ring.joiners = {1}, (7, 9)
 
     def script(worker_id: int, communicator: ElasticCommunicator) -> tuple[Change | None, Change | None]:
+        communicator.marks = lambda: worker_id + 3
         communicator.barrier()
         assert communicator.take_change() is None  # not between two steps
         return boundary(communicator), communicator.take_change()
 
-    assert ring.run(script) == dict.fromkeys(range(3), (Change(1, (7, 9), (1,)), None))
+    assert ring.run(script) == dict.fromkeys(range(3), (Change(1, (7, 9), (1,), (3, 4, 5)), None))
 
 
 def test_a_member_leaves_and_the_others_go_on_together() -> None:

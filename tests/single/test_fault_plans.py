@@ -11,7 +11,7 @@ import torch
 
 from ringps import probe
 from ringps.testing import faults
-from ringps.testing.plan import KINDS, POINTS, Fault, FaultPlan, Fired, Moment
+from ringps.testing.plan import KINDS, TRAINING, Fault, FaultPlan, Fired, Moment
 
 EVERY_KIND = dict.fromkeys(KINDS, 1)
 
@@ -46,7 +46,7 @@ def test_random_plans_come_to_every_kind_and_point() -> None:
     draw = random.Random(1).randrange
     plan = FaultPlan.random(draw, workers=4, steps=100, count=2000, kinds=EVERY_KIND)
     assert {fault.kind for fault in plan.faults} == set(KINDS)
-    assert {fault.at.point for fault in plan.faults} == set(POINTS)
+    assert {fault.at.point for fault in plan.faults} == set(TRAINING)
     assert {fault.at.since_step for fault in plan.faults} == set(range(1, 101))
 
 

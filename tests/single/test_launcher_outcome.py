@@ -1,6 +1,17 @@
 from __future__ import annotations
 
-from ringps_launcher.outcome import Failure, Loss, Outcome, describe_exit, describe_stop, exit_code, last_line
+from ringps_launcher.outcome import (
+    Failure,
+    Loss,
+    Outcome,
+    Saved,
+    describe_exit,
+    describe_stop,
+    exit_code,
+    failed,
+    last_line,
+    stopped_at,
+)
 
 REMOTE = Failure(worker_id=0, rank=0, host="node-a", code=137, reason="process killed by signal 9")
 
@@ -45,3 +56,23 @@ def test_success_after_losses_names_them() -> None:
     many = last(Outcome(code=0, losses=(b,) * 9, replaced=9)) or ""
     assert many.count("worker 1") == 5
     assert many.endswith("; and 4 more) and 9 replaced")
+
+
+def test_a_job_that_stopped_at_a_checkpoint_says_where_it_goes_on() -> None:
+    saved = Saved(step=300, directory="s3://bucket/ckpt")
+    line = (
+        "stopped after step 300, which is saved in s3://bucket/ckpt; "
+        "the same command goes on from there (exit code 75)"
+    )
+    assert stopped_at(saved) == line
+    assert last(Outcome(code=75, suspended=True, saved=saved)) == line
+    assert last(Outcome(code=75, suspended=True, saved=saved, signal=15)) == line
+    assert last(Outcome(code=75, suspended=True)) == (
+        "stopped at a checkpoint; the same command goes on from there (exit code 75)"
+    )
+
+
+def test_why_the_ring_is_not_started_again_stands_before_the_log() -> None:
+    outlook = "the restarts are used up (--max-restarts 3)"
+    line = last_line(Outcome(code=137, failure=REMOTE), log="a.log", local=True, outlook=outlook)
+    assert line == f"{failed(REMOTE)}; {outlook}; its log is a.log"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ringps.errors import SetupError
-from ringps_launcher.events import EventLog
+from ringps_launcher.events import EventLog, Journal
 from ringps_launcher.network import ReservedPort, address_towards, parse_address
-from ringps_launcher.output import HIGH_WATER_BYTES, RawLog, Sink, Stream, open_sinks
+from ringps_launcher.output import HIGH_WATER_BYTES, Logs, RawLog, Sink, Stream, open_sinks
 
 
 def test_a_sink_never_blocks_and_tells_when_its_reader_is_slow() -> None:
@@ -125,3 +125,33 @@ def test_addresses() -> None:
 def test_reserved_ports_differ() -> None:
     with ReservedPort() as a, ReservedPort() as b:
         assert a.number != b.number
+
+
+def test_a_rank_s_log_is_opened_once_over_all_starts_of_the_ring(tmp_path: Path) -> None:
+    logs = Logs(str(tmp_path))
+    first = logs.open(3)
+    assert first is not None and logs.open(3) is first
+    assert logs.path_of(3) == str(tmp_path / "rank-3.log")
+    assert logs.path_of(4) is None
+    logs.close()
+    none = Logs(None)
+    assert (none.open(3), none.path_of(3)) == (None, None)
+    none.close()
+
+
+def test_a_journal_that_cannot_be_written_is_given_up_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    journal = Journal("/dev/full", said.append)
+    journal.write({"event": "a"})
+    journal.write({"event": "b"})
+    journal.close()
+    assert said == ["/dev/full is cut off here: No space left on device"]
+    path = tmp_path / "events"
+    journal = Journal(str(path), said.append)
+    journal.write({"event": "a", "t": 1.0})
+    journal.close()
+    assert path.read_text() == '{"t": 1.0, "event": "a"}\n'
+    silent = Journal(None, said.append)
+    silent.write({"event": "a"})
+    silent.close()
+    assert len(said) == 1

@@ -105,3 +105,26 @@ def test_the_user_s_own_settings_win_and_are_inherited() -> None:
     mine = {"OMP_NUM_THREADS": "7", "PYTHONUNBUFFERED": "", "HOME": "/home/me"}
     environ = seats(job(), placement(), environ=mine, cores=8)[0].environ
     assert mine.items() <= environ.items()
+
+
+def test_a_later_start_of_the_ring_counts_on() -> None:
+    for seat in seats(job(), placement(), environ={}, cores=8, restart=3):
+        assert (seat.restart, seat.environ["TORCHELASTIC_RESTART_COUNT"]) == (3, "3")
+    first = seats(job(), placement(), environ={}, cores=8)[0]
+    assert (first.restart, first.environ["TORCHELASTIC_RESTART_COUNT"]) == (0, "0")
+
+
+@pytest.mark.parametrize("directory", ["/mnt/ckpt", "s3://bucket/ckpt"])
+def test_workers_are_told_where_to_save_checkpoints(directory: str) -> None:
+    given = {"RINGPS_CHECKPOINT_DIR": "/elsewhere"}
+    for seat in seats(job(checkpoint_dir=directory), placement(), environ=given, cores=8):
+        assert worker_env.checkpoint_dir(seat.environ) == directory
+
+
+def test_without_the_option_workers_inherit_where_to_save_checkpoints() -> None:
+    def told(environ: dict[str, str]) -> str | None:
+        return worker_env.checkpoint_dir(seats(job(), placement(), environ=environ, cores=8)[0].environ)
+
+    assert told({}) is None
+    assert told({"RINGPS_CHECKPOINT_DIR": ""}) is None
+    assert told({"RINGPS_CHECKPOINT_DIR": "/inherited"}) == "/inherited"

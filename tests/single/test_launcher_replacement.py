@@ -87,3 +87,23 @@ def test_nothing_is_started_once_cancelled() -> None:
     plan(replacements, 0, 0.0)
     replacements.cancel()
     assert (replacements.waiting, replacements.due_s, replacements.take_due(100.0)) == (frozenset(), None, [])
+
+
+def test_earlier_starts_of_the_ring_have_spent_some_of_the_budget() -> None:
+    replacements = Replacements(3, spent=1)
+    assert (replacements.spent, replacements.left) == (1, 2)
+    assert plan(replacements, 0, 0.0).restarts_left == 1
+    assert plan(replacements, 1, 0.0).restarts_left == 0
+    assert replacements.plan(2, 0.0)[0] is None
+    assert (replacements.spent, replacements.left) == (3, 0)
+    assert Replacements(1, spent=2).left == 0
+
+
+def test_what_is_cancelled_is_not_spent() -> None:
+    replacements = Replacements(3)
+    plan(replacements, 0, 0.0)
+    replacements.take_due(1.0)
+    plan(replacements, 1, 1.0)
+    replacements.cancel()
+    replacements.cancel()
+    assert (replacements.spent, replacements.left, replacements.started) == (1, 2, 1)

@@ -4,11 +4,12 @@ import signal
 
 import pytest
 
-from ringps_launcher.outcome import Failure, Loss, Outcome
+from ringps_launcher.outcome import Failure, Loss, Outcome, Saved
 from ringps_launcher.replacement import Replacements
 from ringps_launcher.restart import DRAIN_S, PATIENCE_S, Phase, Supervision
 from ringps_launcher.stimuli import (
     Action,
+    CheckpointSaved,
     CoordinatorBack,
     CoordinatorLost,
     Expel,
@@ -37,7 +38,7 @@ REMOTE = Failure(worker_id=0, rank=0, host="node-a", code=137, reason="process k
 INT, TERM = StopAsked(number=signal.SIGINT), StopAsked(number=signal.SIGTERM)
 
 
-def supervise(workers: int = 3, max_restarts: int = 3) -> Supervision:
+def supervise(workers: int = 3, max_restarts: int = 3, *, alone: bool = True) -> Supervision:
     """Of workers 4, 5, ... with ranks 14, 15, ... and process ids 104, 105, ..."""
     ranks = {4 + i: 14 + i for i in range(workers)}
     job = Supervision(
@@ -46,6 +47,7 @@ def supervise(workers: int = 3, max_restarts: int = 3) -> Supervision:
         grace_s=GRACE_S,
         verdict_s=VERDICT_S,
         replacements=Replacements(max_restarts),
+        alone=alone,
     )
     for worker_id in ranks:
         assert job.handle(WorkerStarted(worker_id=worker_id, pid=100 + worker_id), 0.0) == []
@@ -532,3 +534,223 @@ def test_ctrl_c_after_a_loss_that_nobody_judged_is_ctrl_c() -> None:
     job.handle(INT, 1.0)
     job.handle(gone(5, 130), 1.0)
     assert job.outcome == Outcome(code=130, signal=signal.SIGINT)
+
+
+# Stopping at a checkpoint.
+
+SAVED = Saved(step=300, directory="ckpt")
+SUSPENDED = 75
+
+
+def suspended(number: int | None = None, saved: Saved | None = SAVED) -> Outcome:
+    return Outcome(code=SUSPENDED, signal=number, suspended=True, saved=saved)
+
+
+@pytest.mark.parametrize("stop", [INT, TERM])
+def test_asked_to_stop_the_workers_may_do_so_at_a_checkpoint(stop: StopAsked) -> None:
+    job = supervise(2)
+    _, terminate = job.handle(stop, 0.0)
+    assert terminate == Terminate(worker_ids=(4, 5))
+    assert job.handle(CheckpointSaved(saved=SAVED), 1.0) == []
+    [reported] = job.handle(gone(4, SUSPENDED), 2.0)
+    assert isinstance(reported, Report) and reported.stopping
+    job.handle(gone(5, SUSPENDED), 2.0)
+    assert (job.outcome, job.phase, job.deadline_s) == (None, Phase.WAITING, 2.0 + VERDICT_S)
+    job.handle(JobDone(suspended=True), 2.1)
+    assert job.outcome == suspended(stop.number)
+
+
+def test_workers_may_stop_at_a_checkpoint_because_another_launcher_was_asked() -> None:
+    job = supervise(2)
+    assert job.handle(gone(4, SUSPENDED), 0.0) == [report(4, SUSPENDED)]
+    assert job.handle(TimePassed(), VERDICT_S + 1.0) == [], "it is no failure on which a word is awaited"
+    job.handle(gone(5, SUSPENDED), 20.0)
+    [text] = said(job.handle(TimePassed(), 20.0 + PATIENCE_S))
+    assert "other machines" in text
+    job.handle(JobDone(suspended=True), 1000.0)
+    assert job.outcome == suspended(saved=None)
+
+
+def test_that_the_job_stopped_may_be_known_before_the_last_worker_here_has_ended() -> None:
+    job = supervise(1)
+    job.handle(JobDone(suspended=True), 0.0)
+    assert (job.outcome, job.phase) == (None, Phase.DRAINING)
+    job.handle(gone(4, SUSPENDED), 0.1)
+    assert job.outcome == suspended(saved=None)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile", "after", "never"])
+def test_without_a_coordinator_the_workers_themselves_say_that_they_stopped(when: str) -> None:
+    job = supervise(2)
+    job.handle(CheckpointSaved(saved=SAVED), 0.0)
+    if when == "before":
+        job.handle(CoordinatorLost(), 0.0)
+    job.handle(TERM, 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    if when == "meanwhile":
+        job.handle(CoordinatorLost(), 1.5)
+    job.handle(gone(5, SUSPENDED), 2.0)
+    if when == "after":
+        job.handle(CoordinatorLost(), 2.5)
+    if when == "never":
+        assert job.handle(TimePassed(), 1.9 + VERDICT_S) == []
+        assert job.outcome is None
+        assert job.handle(TimePassed(), 2.0 + VERDICT_S) == []
+    assert job.outcome == suspended(signal.SIGTERM)
+
+
+def test_without_a_coordinator_and_unasked_they_say_so_too() -> None:
+    job = supervise(1)
+    job.handle(CoordinatorLost(), 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    assert job.outcome == suspended(saved=None)
+
+
+@pytest.mark.parametrize("last", [143, 137, 1])
+def test_without_the_coordinator_s_word_one_that_failed_means_that_the_job_did_not_stop_there(
+    last: int,
+) -> None:
+    job = supervise(2)
+    job.handle(TERM, 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    job.handle(gone(5, last), 2.0)
+    assert job.outcome is None, "the ring may have gone on without it"
+    job.handle(TimePassed(), 2.0 + VERDICT_S)
+    assert job.outcome == Outcome(code=143, signal=signal.SIGTERM)
+
+
+def test_the_coordinator_s_word_counts_whatever_became_of_one_that_the_ring_did_without() -> None:
+    job = supervise(2)
+    job.handle(TERM, 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    job.handle(gone(5, 137), 2.0)
+    job.handle(JobDone(suspended=True), 2.1)
+    assert job.outcome == suspended(signal.SIGTERM, saved=None)
+
+
+def test_a_job_that_failed_did_not_stop_at_a_checkpoint() -> None:
+    job = supervise(2)
+    job.handle(TERM, 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    job.handle(JobFailed(failure=REMOTE), 1.5)
+    job.handle(gone(5, SUSPENDED), 2.0)
+    assert job.outcome == Outcome(code=143, signal=signal.SIGTERM)
+
+
+def test_a_job_that_was_done_when_it_was_asked_to_stop_is_as_ever() -> None:
+    job = supervise(1)
+    job.handle(TERM, 0.0)
+    job.handle(gone(4, 0), 1.0)
+    assert job.outcome == Outcome(code=143, signal=signal.SIGTERM)
+
+
+def test_asked_again_while_it_waits_for_the_coordinator_s_word_it_ends() -> None:
+    job = supervise(1)
+    job.handle(INT, 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    job.handle(INT, 1.5)
+    assert job.outcome == suspended(signal.SIGINT, saved=None)
+
+
+def test_a_worker_that_exits_so_and_is_lost_to_the_ring_is_replaced() -> None:
+    job = supervise(2)
+    job.handle(gone(5, SUSPENDED), 0.0)
+    job.handle(LossNoted(worker_id=5), 1.0)
+    restarting, say = job.handle(replaceable(5), 1.0)
+    assert isinstance(restarting, Restarting) and isinstance(say, Say)
+    assert say.text.startswith("worker 5 lost: the coordinator's words")
+
+
+def test_a_worker_that_exits_so_and_has_failed_ends_the_job_with_its_code() -> None:
+    job = supervise(1)
+    failure = Failure(worker_id=4, rank=14, host="node-b", code=SUSPENDED, reason="why")
+    job.handle(gone(4, SUSPENDED), 0.0)
+    job.handle(JobFailed(failure=failure), 1.0)
+    assert job.outcome == Outcome(code=SUSPENDED, failure=failure)
+
+
+def test_the_newest_checkpoint_is_named() -> None:
+    job = supervise(1)
+    for step in (100, 200, 300):
+        job.handle(CheckpointSaved(saved=Saved(step=step, directory="ckpt")), 0.0)
+    job.handle(gone(4, SUSPENDED), 1.0)
+    job.handle(JobDone(suspended=True), 1.0)
+    assert job.outcome == suspended()
+
+
+@pytest.mark.parametrize(
+    ("event", "meaning"),
+    [
+        (
+            {"event": "checkpoint_saved", "step": 300, "directory": "ckpt", "worker_id": 0},
+            CheckpointSaved(saved=SAVED),
+        ),
+        ({"event": "checkpoint_saved", "step": "300", "directory": "ckpt"}, None),
+        ({"event": "checkpoint_saved", "step": 300}, None),
+        ({"event": "restored", "step": 300, "directory": "ckpt"}, None),
+    ],
+)
+def test_what_the_coordinator_s_events_say_of_checkpoints(
+    event: dict[str, object], meaning: CheckpointSaved | None
+) -> None:
+    assert from_job_event(event) == meaning
+
+
+# Starting the whole ring again.
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_before_the_ring_is_started_again_the_others_drain_and_are_killed(alone: bool) -> None:
+    job = supervise(3, alone=alone)
+    job.handle(gone(5, 3), 0.0)
+    assert job.handle(JobFailed(failure=LOCAL, restarts=True), 0.0) == []
+    job.handle(gone(4, 1), 1.0)
+    say, kill = job.handle(TimePassed(), DRAIN_S)
+    assert say == Say(text="killing rank 16: the whole ring is started again")
+    assert kill == Kill(worker_ids=(6,))
+    job.handle(gone(6, 137), DRAIN_S + 0.1)
+    assert job.outcome == Outcome(code=3, failure=LOCAL, restarts=True)
+
+
+def test_alone_without_restarts_left_the_others_are_stopped_as_ever() -> None:
+    job = supervise(2, max_restarts=1)
+    lose_and_replace(job, 5, 0.0, 205)
+    job.handle(gone(5, 3), 1.0)
+    job.handle(JobFailed(failure=LOCAL, restarts=True), 1.0)
+    assert job.handle(TimePassed(), 1.0 + DRAIN_S) == [Terminate(worker_ids=(4,))]
+    job.handle(gone(4, 143), 5.0)
+    assert job.outcome == Outcome(code=3, failure=LOCAL, restarts=True), "the budget has the last word"
+
+
+def test_of_several_machines_the_coordinator_has_the_budget() -> None:
+    job = supervise(2, max_restarts=0, alone=False)
+    job.handle(JobFailed(failure=REMOTE, restarts=True), 0.0)
+    _, kill = job.handle(TimePassed(), DRAIN_S)
+    assert kill == Kill(worker_ids=(4, 5))
+
+
+def test_a_replacement_that_was_to_come_does_not_count_when_the_ring_is_started_again() -> None:
+    job = supervise(2, max_restarts=1)
+    job.handle(gone(5, 3), 0.0)
+    job.handle(replaceable(5), 0.0)
+    job.handle(JobFailed(failure=LOCAL, restarts=True), 0.1)
+    assert isinstance(job.handle(TimePassed(), 0.1 + DRAIN_S)[1], Kill)
+
+
+@pytest.mark.parametrize("when", ["before the failure", "while it drains", "while they are killed"])
+def test_asked_to_stop_the_ring_is_not_started_again(when: str) -> None:
+    job = supervise(2)
+    if when == "before the failure":
+        job.handle(TERM, 0.0)
+    job.handle(JobFailed(failure=REMOTE, restarts=True), 0.0)
+    if when == "while it drains":
+        assert job.handle(TERM, 0.1)[1] == Terminate(worker_ids=(4, 5))
+    else:
+        job.handle(TimePassed(), DRAIN_S)
+    if when == "while they are killed":
+        assert job.handle(TERM, DRAIN_S) == []
+    job.handle(gone(4, 137), 3.0)
+    job.handle(gone(5, 137), 3.0)
+    outcome = job.outcome
+    assert outcome is not None and not outcome.restarts
+    assert outcome.code == (143 if when == "before the failure" else 137)

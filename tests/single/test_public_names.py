@@ -19,8 +19,8 @@ FUNCTIONS = {
     "local_rank", "rank", "reduce_scatter", "shutdown", "worker_id", "world_size",
 }  # fmt: skip
 CLASSES = {
-    "Config", "DistributedOptimizer", "ElasticBatchSampler", "Exchange", "Recovery", "Timeouts",
-    "TrainState",
+    "Checkpointer", "Config", "DistributedOptimizer", "ElasticBatchSampler", "Exchange", "Recovery",
+    "Retention", "Saving", "Timeouts", "TrainState",
 }  # fmt: skip
 ERRORS = {name for name, value in vars(errors).items() if inspect.isclass(value)}
 

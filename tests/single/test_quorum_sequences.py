@@ -137,9 +137,10 @@ class World:
         offer = Offer(generation=process.generation, step=step % 2, joiners=joiners, address=process.peer)
         self.say(process, offer)
 
-    def leave(self, process: Process, _: int) -> None:
+    def leave(self, process: Process, other: int) -> None:
         self.finishing = True
-        self.say(process, Leaving(generation=process.generation, completed=1))
+        leaving = Leaving(generation=process.generation, completed=1, suspended=other % 2 == 1)
+        self.say(process, leaving)
 
     def suspect(self, process: Process, other: int) -> None:
         accused = other % self.world_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 import warnings
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch.optim import lr_scheduler as schedulers
 from ringps.checkpoint import dtypes, pieces, tree
 from ringps.checkpoint.pieces import ALIGNMENT, Layout, Pieces, TensorSpec
 from ringps.errors import FrameError
+from tests.same import assert_same, raw
 
 
 def there_and_back(state: Any) -> Any:
@@ -30,34 +30,6 @@ def there_and_back(state: Any) -> Any:
     for piece in range(copies.layout.piece_count):
         copies.copy_from(originals, piece)
     return tree.unflatten(taken.skeleton, copies.tensors)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Equal in types, order and bits."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        assert list(map(type, one)) == list(map(type, other))
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert raw(one) == raw(other)
-    elif isinstance(one, (np.ndarray, np.generic)):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert one.tobytes() == other.tobytes()
-    elif isinstance(one, float):
-        assert struct.pack("<d", one) == struct.pack("<d", other)
-    else:
-        assert one == other
 
 
 # Values.

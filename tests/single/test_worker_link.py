@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ringps.config import Timeouts
 from ringps.errors import RingChangedError, RingpsError
 from ringps.membership import WorkerLink
 from ringps.ring.topology import Generation
 from ringps.transport.keys import JobKey
-from ringps.wire.control import Form, Joiners, Prepare
+from ringps.wire.control import AllLeft, Form, Joiners, Leaving, Message, Prepare
 from ringps.wire.rules import Seat
 from ringps.worker_env import WorkerEnv
 
@@ -67,3 +69,20 @@ def test_word_of_joiners_may_come_before_the_worker_has_entered_the_generation()
     assert one.joiners == ()
     one.on_message(Joiners(generation=2, worker_ids=(5,)))
     assert one.joiners == (5,)
+
+
+@pytest.mark.parametrize("suspended", [True, False])
+def test_whoever_leaves_says_whether_the_job_stops_at_a_checkpoint(
+    suspended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = link()
+    form(one, 1)
+    said: list[Message] = []
+    greetings: list[Message] = []
+    monkeypatch.setattr(one._channel, "send", said.append)
+    monkeypatch.setattr(one._channel, "greet_with", lambda *messages: greetings.extend(messages))
+    one.on_message(AllLeft(generation=1))
+    one.leave(7, suspended=suspended)
+    leaving = Leaving(generation=1, completed=7, suspended=suspended)
+    assert said == [leaving]
+    assert greetings[-1] == leaving, "for a coordinator that is away now"

@@ -1,0 +1,542 @@
+"""Saving, on one rank: a snapshot between two steps, and the rest beside training.
+
+All ranks go through the same stages (`lanes`), and between them tell each other how it went: one `Saver`'s
+`report` goes to all ranks' `absorb`. Who carries reports from rank to rank is none of its business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+import msgpack
+import torch
+
+from ringps import probe
+from ringps.checkpoint import files
+from ringps.checkpoint.background import Background
+from ringps.checkpoint.contents import Composed, Source
+from ringps.checkpoint.copying import copy
+from ringps.checkpoint.directory import Directory, Retention
+from ringps.checkpoint.lanes import Next, Said, Stage, Task, assign, decide
+from ringps.checkpoint.manifest import FileEntry, Manifest, entry_name
+from ringps.checkpoint.snapshot import Arena, room_for, take
+from ringps.checkpoint.store import Store
+from ringps.errors import CheckpointError
+
+_log = logging.getLogger("ringps")
+
+FAST, DURABLE = 0, 1
+"""The lanes: into the first directory, and from there into the durable one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """How checkpoints are saved."""
+
+    compression: Literal["", "zstd"] = ""
+    """Of all but the weights, which stay readable for every tool. zstd takes the package zstandard
+    (`ringps[zstd]`) and about a second of a core for 400 MB; floating-point numbers shrink by a tenth."""
+
+    max_failed: int = 10
+    """How many saves in a row may fail, counted for each directory, before training stops with an error."""
+
+    final: bool = True
+    """Save the last step of `steps` too, if none was due then."""
+
+    stop_window_s: float = 2.0
+    """After SIGTERM to this worker: how long to wait whether all others get it too, which stops the job with
+    a checkpoint. Else this worker leaves, and the others go on."""
+
+    def __post_init__(self) -> None:
+        files.check_compression(self.compression)
+        if self.max_failed < 0:
+            raise ValueError(f"max_failed must be 0 or more, not {self.max_failed}")
+        if not self.stop_window_s >= 0:
+            raise ValueError(f"stop_window_s must be 0 or more, not {self.stop_window_s}")
+
+
+class Place(NamedTuple):
+    """Where in the ring this rank is."""
+
+    rank: int
+    world_size: int
+    generation: int
+
+
+class Happening(NamedTuple):
+    """Something to be told; the same on all ranks."""
+
+    event: str
+    """"checkpoint_saved", "checkpoint_failed" or "checkpoint_late"."""
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaverStatistics:
+    """What this rank has done for checkpoints."""
+
+    saved: int
+    """Checkpoints that became whole in the first directory."""
+    failed: int
+    """Saves that did not come to a good end, of both directories."""
+    dropped: int
+    """Saves that were given up because the ring changed."""
+    stall_s: tuple[float, ...]
+    """How long each snapshot held up training, the newest 100."""
+    bytes_written: int
+    """By this rank, of snapshots."""
+
+
+@dataclass
+class _Lane:
+    """What this rank knows of one lane."""
+
+    directory: Directory
+    background: Background[dict[str, Any]]
+    task: Task | None = None
+    failed: int = 0
+    """Saves in a row."""
+    began_s: float = 0.0
+
+    def said(self) -> dict[str, Any]:
+        result = self.background.result if self.task is not None else None
+        error = ""
+        if isinstance(result, Exception):
+            error = _words(result)
+        return {
+            "task": None if self.task is None else list(self.task),
+            "busy": self.background.busy,
+            "error": error,
+            "superseded": isinstance(result, _Superseded),
+            "result": result if isinstance(result, dict) else {},
+            "failed": self.failed,
+        }
+
+    def start(self, task: Task, work: Callable[[Callable[[], None]], dict[str, Any]]) -> None:
+        self.task = task
+        self.background.start(work)
+
+    def drop(self) -> None:
+        self.background.cancel()
+        self.task = None
+
+
+class Saver:
+    """This rank's part in saving. Its methods are for the script's thread."""
+
+    def __init__(
+        self, run: int, directories: Sequence[Directory], saving: Saving, retention: Retention, step: int
+    ) -> None:
+        """
+        Args:
+            run: the number of this start of the ring; 0 where it is not known yet.
+            directories: the first one, and perhaps the durable one.
+            saving: how.
+            retention: what is kept.
+            step: that of the checkpoint from which this run goes on, or 0.
+        """
+        self.run = run
+        self._saving = saving
+        self._retention = retention
+        names = ("save", "upload")
+        self._lanes = [
+            _Lane(directory, Background(name)) for directory, name in zip(directories, names, strict=False)
+        ]
+        self._arena = Arena()
+        self._faulting: Background[None] = Background("arena")
+        self.last = step
+        """The step of the newest checkpoint of this run, or that it went on from."""
+        self.attempted = step
+        """The step of the newest one that was begun."""
+        self._wanted = 0
+        """The step that is to become durable; 0: none."""
+        self._met = 0
+        """The generation in which reports were last exchanged."""
+        self._manifest: Manifest | None = None
+        """Of the save that is under way."""
+        self._stall_s: list[float] = []
+        self._begun: dict[str, Any] = {}
+        self._saved = self._failed = self._dropped = self._bytes_written = 0
+        self._late = False
+
+    # What all ranks must know of each other.
+
+    @property
+    def busy(self) -> tuple[bool, ...]:
+        """By lane: whether this rank's thread is at work."""
+        return tuple(lane.background.busy for lane in self._lanes)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save or a copy is under way, or is to begin."""
+        return bool(self._wanted) or any(lane.task is not None for lane in self._lanes)
+
+    def must_meet(self, busy: Sequence[bool], generation: int) -> bool:
+        """Whether ranks must exchange reports now; the same on all ranks.
+
+        Args:
+            busy: by lane, whether any rank's thread is at work.
+            generation: the current one.
+        """
+        if generation != self._met:
+            return True
+        waits = [lane.task is not None for lane in self._lanes]
+        if len(waits) > DURABLE:
+            waits[DURABLE] = waits[DURABLE] or bool(self._wanted)
+        return any(waiting and not at_work for waiting, at_work in zip(waits, busy, strict=True))
+
+    def free(self, busy: Sequence[bool]) -> bool:
+        """Whether a save may begin; the same on all ranks."""
+        return self._lanes[FAST].task is None and not busy[FAST]
+
+    def report(self) -> bytes:
+        """How far this rank is, for `absorb` on all ranks."""
+        wanted, holds = self._wanted, []
+        needs: list[list[Any]] = []
+        if wanted and self._lanes[DURABLE].task is None:
+            manifest = self._readable(wanted)
+            if manifest is not None:
+                needs = [[entry.name, entry.size_bytes] for entry in manifest.files]
+                holds = self._lanes[FAST].directory.files(entry_name(wanted, self.run))
+        said = {
+            "run": self.run,
+            "last": self.last,
+            "attempted": self.attempted,
+            "wanted": wanted,
+            "needs": needs,
+            "holds": holds,
+            "now": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "lanes": [lane.said() for lane in self._lanes],
+        }
+        raw: bytes = msgpack.packb(said)
+        return raw
+
+    def absorb(self, raw: Sequence[bytes], place: Place) -> list[Happening]:
+        """Go on with what all ranks have reported; collective in effect: all ranks absorb the same.
+
+        Raises:
+            CheckpointError: too many saves have failed, or a later run has begun in the same directory.
+        """
+        reports = [msgpack.unpackb(one) for one in raw]
+        self._met = place.generation
+        self.run = max(report["run"] for report in reports)
+        self.last = max(report["last"] for report in reports)
+        self.attempted = max(report["attempted"] for report in reports)
+        wanted = self._wanted = max(report["wanted"] for report in reports)
+        happenings: list[Happening] = []
+        for number, lane in enumerate(self._lanes):
+            lane.failed = max(report["lanes"][number]["failed"] for report in reports)
+            told = [report["lanes"][number] for report in reports]
+            if superseded := [one["error"] for one in told if one["superseded"]]:
+                raise CheckpointError(superseded[0])
+            said = [_said(one) for one in told]
+            following, why = decide(said, place.generation)
+            if following is Next.DROP:
+                self._drop(number, why)
+            elif following is Next.FAIL:
+                happenings.append(self._fail(number, why))
+            elif following is Next.ADVANCE and lane.task is not None:
+                if lane.task.stage is Stage.PUBLISH:
+                    happenings.append(self._end(number, lane.task.step))
+                elif number == FAST and (differ := _differ(reports)):
+                    happenings.append(self._fail(number, differ))
+                elif number == FAST:
+                    self._publish(reports, place)
+                else:
+                    self._publish_copy(reports, place)
+            elif following is Next.BEGIN and number == DURABLE and 0 < wanted == self._wanted:
+                happenings += self._copy(reports, place)
+        return happenings
+
+    def late(self, step: int) -> list[Happening]:
+        """A save is due and another is under way: what there is to tell, once for each."""
+        if self._late:
+            return []
+        self._late = True
+        task = self._lanes[FAST].task
+        return [
+            Happening(
+                "checkpoint_late",
+                {
+                    "step": step,
+                    "directory": self._lanes[FAST].directory.where,
+                    "reason": f"that of step {task.step if task else self.attempted} is still being written",
+                },
+            )
+        ]
+
+    # The first directory.
+
+    def make_room(self, sources: Sequence[Source]) -> None:
+        """Get the memory for a snapshot of these, in the background, before the first one is taken."""
+        size_bytes = room_for(sources)
+        pinned = any(tensor.is_cuda for source in sources for tensor in source.tensors)
+        self._faulting.start(lambda check: self._arena.reserve(size_bytes, pinned=pinned))
+
+    def begin(self, composed: Composed, step: int, place: Place, began_s: float) -> None:
+        """Take a snapshot of this rank's files, and write it in the background. On all ranks alike.
+
+        Args:
+            composed: of `contents.compose`.
+            step: steps that have been applied.
+            place: this rank.
+            began_s: when training began to wait for this, on `time.perf_counter`.
+        """
+        lane = self._lanes[FAST]
+        assert lane.task is None and not lane.background.busy
+        if self._arena.in_use:
+            self._arena.release()
+        images = take(self._arena, composed.sources)
+        self.attempted, self._late = step, False
+        aside = lane.directory.place(step, self.run, place.generation)
+        compression = self._saving.compression
+
+        def write(check: Callable[[], None]) -> dict[str, Any]:
+            store, entries = _Checked(lane.directory.store, check), []
+            for image in images:
+                entries.append(files.write(store, aside, image, compression))
+            found = [[one.name, one.size_bytes, one.digest, one.kind] for one in entries]
+            return {"files": found, "fingerprint": composed.fingerprint}
+
+        lane.began_s = time.monotonic()
+        lane.start(Task(Stage.WRITE, step, place.generation), write)
+        stall_s = time.perf_counter() - began_s
+        self._stall_s = [*self._stall_s[-99:], stall_s]
+        self._bytes_written += sum(len(image.memory) for image in images)
+        self._begun = {"stall_s": round(stall_s, 4)}
+
+    def _publish(self, reports: list[dict[str, Any]], place: Place) -> None:
+        """All files are written; their hashes are in the reports."""
+        lane = self._lanes[FAST]
+        assert lane.task is not None
+        written = [report["lanes"][FAST]["result"]["files"] for report in reports]
+        self._manifest = Manifest(
+            step=lane.task.step,
+            run=self.run,
+            generation=place.generation,
+            world_size=place.world_size,
+            torch=str(torch.__version__),
+            ringps=metadata.version("ringps"),
+            saved_at=reports[0]["now"],
+            compression=self._saving.compression,
+            files=tuple(
+                FileEntry(name=name, size_bytes=size_bytes, digest=digest, kind=kind)
+                for entries in written
+                for name, size_bytes, digest, kind in entries
+            ),
+        )
+        # Where ranks share the directory, the first of them publishes for all.
+        before = {name for entries in written[: place.rank] for name, *_ in entries}
+        self._start_publishing(lane, self._manifest, place, before)
+
+    def _publish_copy(self, reports: list[dict[str, Any]], place: Place) -> None:
+        lane = self._lanes[DURABLE]
+        assert lane.task is not None
+        able = [rank for rank, report in enumerate(reports) if report["lanes"][DURABLE]["result"]["able"]]
+        if place.rank == able[0]:
+            manifest = self._lanes[FAST].directory.manifest(entry_name(lane.task.step, self.run))
+            self._start_publishing(lane, manifest, place, set())
+        else:
+            lane.start(lane.task._replace(stage=Stage.PUBLISH), lambda check: {})
+
+    def _start_publishing(self, lane: _Lane, manifest: Manifest, place: Place, others: set[str]) -> None:
+        """
+        Args:
+            others: if one of these files is in the directory, somebody else publishes there.
+        """
+        assert lane.task is not None
+        aside = lane.directory.place(manifest.step, manifest.run, manifest.generation)
+        entry = entry_name(manifest.step, manifest.run)
+        busy = [entry_name(self._wanted, self.run)] if self._wanted else []
+
+        def publish(check: Callable[[], None]) -> dict[str, Any]:
+            # In this order: whoever publishes renames the one to the other.
+            if others & {*lane.directory.files(aside)} or others & {*lane.directory.files(entry)}:
+                return {}
+            newest = lane.directory.newest_run()
+            if newest > manifest.run:
+                raise _Superseded(
+                    f"run {newest} has begun in {lane.directory.where}, and this is run {manifest.run}: "
+                    "another job uses the directory, or took this one for lost. This one ends here"
+                )
+            with contextlib.suppress(FileExistsError):  # published, but a loss kept the ranks from hearing so
+                lane.directory.publish(manifest, aside)
+            return {"left": lane.directory.prune(self._retention, (manifest.run, manifest.step), busy)}
+
+        lane.start(lane.task._replace(stage=Stage.PUBLISH), publish)
+
+    def _end(self, number: int, step: int) -> Happening:
+        lane = self._lanes[number]
+        lane.task, lane.failed = None, 0
+        details: dict[str, Any] = {
+            "step": step,
+            "run": self.run,
+            "directory": lane.directory.path_of(entry_name(step, self.run)),
+            "seconds": round(time.monotonic() - lane.began_s, 3),
+        }
+        if number == FAST:
+            self.last, self._saved = step, self._saved + 1
+            self._arena.release()
+            if len(self._lanes) > DURABLE:
+                self._wanted = step
+            assert self._manifest is not None
+            details |= {"bytes": self._manifest.size_bytes, **self._begun}
+        elif self._wanted == step:
+            self._wanted = 0
+        result = lane.background.result
+        for problem in result.get("left", []) if isinstance(result, dict) else []:
+            _log.warning("%s", problem)
+        if probe.listener is not None:
+            probe.reached("saved", saved=step, lane=number)
+        return Happening(
+            "checkpoint_saved", {**details, "durable": number == DURABLE or len(self._lanes) == 1}
+        )
+
+    # The durable directory.
+
+    def _copy(self, reports: list[dict[str, Any]], place: Place) -> list[Happening]:
+        """Copy a checkpoint of the first directory into the durable one: each rank a part."""
+        step, source, lane = self._wanted, self._lanes[FAST].directory, self._lanes[DURABLE]
+        needs: list[Any] = next((report["needs"] for report in reports if report["needs"]), [])
+        chosen, why = assign(
+            dict(needs),
+            [frozenset(report["holds"]) for report in reports],
+        )
+        task = Task(Stage.WRITE, step, place.generation)
+        lane.began_s = time.monotonic()
+        if not chosen:
+            lane.task = task
+            return [self._fail(DURABLE, why)]
+        entry = entry_name(step, self.run)
+        mine = {name for name, rank in chosen.items() if rank == place.rank}
+        able = bool(reports[place.rank]["needs"])
+
+        def upload(check: Callable[[], None]) -> dict[str, Any]:
+            store = _Checked(lane.directory.store, check)
+            if able:
+                manifest = source.manifest(entry)
+                into = lane.directory.place(manifest.step, manifest.run, manifest.generation)
+                for file in manifest.files:
+                    if file.name in mine:
+                        copy(source.store, entry, store, into, file)
+            return {"able": able}
+
+        lane.start(task, upload)
+        return []
+
+    def _readable(self, step: int) -> Manifest | None:
+        try:
+            return self._lanes[FAST].directory.manifest(entry_name(step, self.run))
+        except (CheckpointError, OSError):
+            return None
+
+    # What goes wrong.
+
+    def _drop(self, number: int, why: str) -> None:
+        lane = self._lanes[number]
+        if lane.task is not None:
+            self._dropped += 1
+            _log.info("the save of step %d is given up: %s", lane.task.step, why)
+        lane.drop()
+        if number == FAST:
+            self.attempted = self.last
+
+    def _fail(self, number: int, why: str) -> Happening:
+        """
+        Raises:
+            CheckpointError: it is one too many.
+        """
+        lane = self._lanes[number]
+        task, lane.task = lane.task, None
+        assert task is not None
+        lane.failed += 1
+        self._failed += 1
+        if number == DURABLE:
+            self._wanted = 0
+        where = lane.directory.where
+        if lane.failed > self._saving.max_failed:
+            raise CheckpointError(
+                f"step {task.step} could not be saved in {where}: {why}. Saves that failed in a row: "
+                f"{lane.failed}; Saving(max_failed={self._saving.max_failed}) allows no more"
+            )
+        return Happening(
+            "checkpoint_failed",
+            {"step": task.step, "directory": where, "reason": why, "failed_in_a_row": lane.failed},
+        )
+
+    def wait(self) -> None:
+        """Wait until this rank's threads have nothing to do."""
+        for lane in self._lanes:
+            lane.background.wait()
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        for lane in self._lanes:
+            lane.drop()
+
+    def statistics(self) -> SaverStatistics:
+        """Counters so far."""
+        return SaverStatistics(
+            saved=self._saved,
+            failed=self._failed,
+            dropped=self._dropped,
+            stall_s=tuple(self._stall_s),
+            bytes_written=self._bytes_written,
+        )
+
+
+class _Superseded(CheckpointError):
+    """A later run has begun in the same directory."""
+
+
+class _Checked:
+    """A store to which writing ends as soon as it is not wanted any more."""
+
+    def __init__(self, store: Store, check: Callable[[], None]) -> None:
+        self._store = store
+        self._check = check
+
+    def write(self, path: str, blocks: Iterable[bytes | memoryview]) -> None:
+        def checked() -> Iterator[bytes | memoryview]:
+            for block in blocks:
+                self._check()
+                yield block
+
+        self._store.write(path, checked())
+
+    def read(self, path: str) -> AbstractContextManager[files.Stream]:
+        return self._store.read(path)
+
+
+def _differ(reports: list[dict[str, Any]]) -> str:
+    """Which ranks' files do not belong with those of rank 0; empty if all do."""
+    prints = [report["lanes"][FAST]["result"]["fingerprint"] for report in reports]
+    others = [str(rank) for rank, one in enumerate(prints) if one != prints[0]]
+    if not others:
+        return ""
+    return (
+        f"the state of rank {', '.join(others)} differs from that of rank 0 in its shapes or plain values; "
+        "what is each rank's own does not belong into TrainState"
+    )
+
+
+def _said(told: dict[str, Any]) -> Said:
+    task = told["task"]
+    return Said(
+        task=None if task is None else Task(Stage(task[0]), *task[1:]),
+        busy=told["busy"],
+        error=told["error"],
+    )
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,168 @@
+"""Copies of a state for those who write it while training goes on: the only time that a save costs a step."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import memmove
+from typing import NamedTuple
+
+import torch
+
+from ringps.checkpoint.contents import Source
+from ringps.checkpoint.packed import flat
+from ringps.checkpoint.pieces import ALIGNMENT, allocate
+
+_PAGE_BYTES = 4096
+_SMALL_BYTES = 64 * 1024
+"""What is no longer than this is not worth another thread."""
+
+_JOB_BYTES = 8 * 1024 * 1024
+
+_Job = tuple[int, int, int]
+"""What is to be copied: the address of the place for it, its own address, and its bytes."""
+
+
+class Image(NamedTuple):
+    """A file that is to be written, as it was at one moment."""
+
+    name: str
+    kind: str
+    """As of `contents.Source`."""
+    memory: memoryview
+    """Its bytes. They cannot be used any more after `Arena.release`."""
+
+
+class Arena:
+    """Memory for snapshots, used over and over. It grows to the size of the largest, and stays so."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._images: list[Image] = []
+        self._lock = threading.Lock()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether images of a snapshot lie in it that have not been released."""
+        return bool(self._images)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of memory that it holds."""
+        return self._memory.numel()
+
+    def reserve(self, size_bytes: int, *, pinned: bool = False) -> None:
+        """Make room for a snapshot of this many bytes, so that taking it does not have to.
+
+        May run in another thread; whoever takes a snapshot meanwhile waits for it.
+
+        Args:
+            size_bytes: of `room_for` the sources.
+            pinned: in memory that a GPU can write to by itself.
+        """
+        with self._lock:
+            self._grow(size_bytes, pinned)
+
+    def release(self) -> None:
+        """The images have been written, or are given up, and nobody works on them any more: the next snapshot
+        may take their place. Who still tries to begin with one gets a ValueError."""
+        with self._lock:
+            for image in self._images:
+                image.memory.release()
+            self._images = []
+
+    def _grow(self, size_bytes: int, pinned: bool) -> torch.Tensor:
+        if self._memory.numel() < size_bytes or (pinned and not self._memory.is_pinned()):
+            assert not self._images, "the arena holds a snapshot that has not been released"
+            self._memory = torch.empty(0, dtype=torch.uint8)  # not both at once
+            self._memory = _pinned(size_bytes) if pinned else _touched(size_bytes)
+        return self._memory
+
+
+def room_for(sources: Iterable[Source]) -> int:
+    """Bytes that a snapshot of these takes."""
+    return sum(_aligned(source.size_bytes) for source in sources)
+
+
+def take(arena: Arena, sources: Sequence[Source]) -> list[Image]:
+    """Copy what is to be written, as it is now.
+
+    Args:
+        arena: not in use. The images lie in it, until it is released.
+        sources: their tensors may lie on GPUs. What those have been given to do before, on the streams that
+            are current here, is done when this returns.
+    """
+    with arena._lock:
+        assert not arena._images, "the arena holds a snapshot that has not been released"
+        sizes = [source.size_bytes for source in sources]
+        gpus = {tensor.device for source in sources for tensor in source.tensors if tensor.is_cuda}
+        memory = arena._grow(sum(map(_aligned, sizes)), bool(gpus))
+        images, at = [], 0
+        waiting: deque[_Job] = deque()
+        for source, size_bytes in zip(sources, sizes, strict=True):
+            room = memory[at : at + size_bytes]
+            waiting += _copy(room, source.tensors)
+            images.append(Image(source.name, source.kind, room.numpy().data))
+            at += _aligned(size_bytes)
+        _do(waiting)
+        for gpu in gpus:
+            torch.cuda.current_stream(gpu).synchronize()
+        arena._images = images
+        return list(images)
+
+
+def _copy(room: torch.Tensor, tensors: list[torch.Tensor]) -> list[_Job]:
+    """Copy small tensors, have GPUs copy theirs, and give back what is left to do."""
+    left = []
+    begin, at = room.data_ptr(), 0
+    for tensor in tensors:
+        size_bytes = tensor.nbytes
+        assert at + size_bytes <= room.numel() and tensor.is_contiguous()
+        if not tensor.is_cpu:
+            room[at : at + size_bytes].copy_(flat(tensor), non_blocking=tensor.is_cuda)
+        elif size_bytes <= _SMALL_BYTES:
+            memmove(begin + at, tensor.data_ptr(), size_bytes)
+        else:
+            source = tensor.data_ptr()
+            for done in range(0, size_bytes, _JOB_BYTES):
+                left.append((begin + at + done, source + done, min(_JOB_BYTES, size_bytes - done)))
+        at += size_bytes
+    return left
+
+
+def _do(waiting: deque[_Job]) -> None:
+    """Copy with as many threads as torch uses.
+
+    torch's own way to share a copy among threads has them all wait for each other at every tensor, which
+    takes many times as long where one of them does not get a core at once.
+    """
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                memmove(*waiting.popleft())  # leaves the interpreter to the others
+
+    helpers = min(torch.get_num_threads(), len(waiting)) - 1
+    with ThreadPoolExecutor(max(helpers, 1), "ringps-snapshot") as pool:
+        helping = [pool.submit(work) for _ in range(helpers)]
+        work()
+        for helper in helping:
+            helper.result()
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _touched(size_bytes: int) -> torch.Tensor:
+    """Memory that the system has given already, and not at the first writing."""
+    memory = allocate(size_bytes)
+    memory.numpy()[::_PAGE_BYTES] = 0
+    return memory
+
+
+def _pinned(size_bytes: int) -> torch.Tensor:
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)

@@ -1,0 +1,88 @@
+"""The random number generators of a process: their states, and how a loader's iterator leaves them alone."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+_SEED_BYTES = 8
+
+
+def capture(loader: object = None) -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and CUDA's global generators, and of a loader's own.
+
+    Args:
+        loader: a `DataLoader`, perhaps with a `generator`.
+
+    Returns:
+        Plain values and tensors, in memory of their own.
+    """
+    found: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    generator = _generator_of(loader)
+    if generator is not None:
+        found["loader"] = generator.get_state()
+    return found
+
+
+def restore(captured: dict[str, Any], loader: object = None) -> None:
+    """Go on from what `capture` gave, on the same number of GPUs or fewer."""
+    random.setstate(captured["python"])
+    np.random.set_state(captured["numpy"])
+    torch.set_rng_state(captured["torch"].clone())
+    if "cuda" in captured and torch.cuda.is_available():
+        for device, state in enumerate(captured["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.clone(), device)
+    generator = _generator_of(loader)
+    if generator is not None and "loader" in captured:
+        generator.set_state(captured["loader"].clone())
+
+
+def seed_apart(captured: dict[str, Any], rank: int) -> None:
+    """Seed all global generators for a rank that has no state of its own, from another's and its number."""
+    seed = _derive(captured["torch"].numpy().tobytes(), rank)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def for_iterator(loader: object, step: int, rank: int) -> Iterator[None]:
+    """While a loader's iterator is made: what it draws, the seed of its workers, depends on nothing but the
+    seed of this process, the step and the rank, and leaves what others draw as it is.
+
+    So a run that makes an iterator in the middle of an epoch goes on like one that had made it before.
+    """
+    generators = [torch.default_generator]
+    if (own := _generator_of(loader)) is not None:
+        generators.append(own)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(_derive(str(generator.initial_seed()).encode(), step, rank))
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generator_of(loader: object) -> torch.Generator | None:
+    generator = getattr(loader, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None
+
+
+def _derive(root: bytes, *numbers: int) -> int:
+    text = ",".join(map(str, numbers)).encode()
+    # Non-negative as a signed number of 64 bits, which is what torch takes.
+    return int.from_bytes(blake2b(root + b"," + text, digest_size=_SEED_BYTES).digest(), "little") >> 1
