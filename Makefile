@@ -17,7 +17,12 @@ demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
 test: setup  ## Run all tests (ARGS="tests/single -k ring")
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -n 2 tests/single
+	$(BIN)/python -m pytest tests/parallel
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
 	$(BIN)/python scripts/chaos.py $(ARGS)

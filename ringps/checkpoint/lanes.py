@@ -1,9 +1,10 @@
 """PURE: how far all ranks are with a save, and what follows.
 
-A *lane* leads a checkpoint into one directory, in two stages: all ranks write their files; when all have, the
-checkpoint is published. All ranks begin a stage between the same two steps, and tell each other later how it
-went: so each knows the same, and decides the same. What began in another generation is given up, for some
-of those who were at it may be gone, and what they had written with them.
+A *lane* leads a checkpoint into one directory, in stages: all ranks write their files; when all have, the
+checkpoint is published. (Where files are copied from another directory, all look first what they can read.)
+All ranks begin a stage between the same two steps, and tell each other later how it went: so each knows the
+same, and decides the same. What began in another generation is given up, for some of those who were at it
+may be gone, and what they had written with them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 class Stage(IntEnum):
     """What is under way in a lane."""
 
+    LOOK = 0
     WRITE = 1
     PUBLISH = 2
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,9 @@ from ringps.checkpoint.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+_GONE = ".gone-"
+"""Begins the name of a directory that is being deleted."""
 
 _WRITE_BYTES = 1024 * 1024
 """Shorter blocks are put together."""
@@ -43,9 +47,12 @@ class LocalStore:
 
     def write(self, path: str, blocks: Iterable[ReadableBuffer]) -> None:
         """See `Store`. Until all is written the file is called `path`.part."""
+        _make_directory((self._root / path).parent)
+        self._put(path, blocks)
+
+    def _put(self, path: str, blocks: Iterable[ReadableBuffer]) -> None:
         final = self._root / path
         part = final.with_name(f"{final.name}.part")
-        _make_directory(final.parent)
         try:
             with open(part, "wb", buffering=_WRITE_BYTES) as file:
                 _write(file, path, blocks)
@@ -77,7 +84,8 @@ class LocalStore:
         """See `Store`."""
         if probe.listener is not None:
             probe.reached("save_publish", path=entry, stage="manifest")
-        self.write(f"{aside}/{MANIFEST}", [manifest])
+        # If somebody has cleared the directory away, it must not be made anew, with nothing but a manifest.
+        self._put(f"{aside}/{MANIFEST}", [manifest])
         if probe.listener is not None:
             probe.reached("save_publish", path=entry, stage="rename")
         try:
@@ -93,17 +101,22 @@ class LocalStore:
             probe.reached("save_publish", path=entry, stage="done")
 
     def remove(self, path: str) -> None:
-        """See `Store`."""
+        """See `Store`. A directory is renamed first: nobody sees half of it, or publishes what is left."""
         doomed = self._root / path
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(doomed / MANIFEST)
-            _sync_directory(doomed)  # or a crash could bring it back, but not the rest
+        gone = doomed.with_name(f"{_GONE}{secrets.token_hex(8)}")
         try:
             os.unlink(doomed)
         except FileNotFoundError:
             return
         except (IsADirectoryError, PermissionError):  # the latter is what POSIX says of a directory
-            shutil.rmtree(doomed, onerror=_unless_gone)
+            try:
+                os.rename(doomed, gone)
+            except FileNotFoundError:
+                return
+            _sync_directory(doomed.parent)
+            # Also what was left when this was interrupted before.
+            for left in doomed.parent.glob(f"{_GONE}*"):
+                shutil.rmtree(left, onerror=_unless_gone)
 
 
 class LocalReader(io.FileIO):

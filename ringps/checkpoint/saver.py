@@ -198,20 +198,11 @@ class Saver:
 
     def report(self) -> bytes:
         """How far this rank is, for `absorb` on all ranks."""
-        wanted, holds = self._wanted, []
-        needs: list[list[Any]] = []
-        if wanted and self._lanes[DURABLE].task is None:
-            manifest = self._readable(wanted)
-            if manifest is not None:
-                needs = [[entry.name, entry.size_bytes] for entry in manifest.files]
-                holds = self._lanes[FAST].directory.files(entry_name(wanted, self.run))
         said = {
             "run": self.run,
             "last": self.last,
             "attempted": self.attempted,
-            "wanted": wanted,
-            "needs": needs,
-            "holds": holds,
+            "wanted": self._wanted,
             "now": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lanes": [lane.said() for lane in self._lanes],
         }
@@ -229,7 +220,7 @@ class Saver:
         self.run = max(report["run"] for report in reports)
         self.last = max(report["last"] for report in reports)
         self.attempted = max(report["attempted"] for report in reports)
-        wanted = self._wanted = max(report["wanted"] for report in reports)
+        self._wanted = max(report["wanted"] for report in reports)
         happenings: list[Happening] = []
         for number, lane in enumerate(self._lanes):
             lane.failed = max(report["lanes"][number]["failed"] for report in reports)
@@ -245,14 +236,16 @@ class Saver:
             elif following is Next.ADVANCE and lane.task is not None:
                 if lane.task.stage is Stage.PUBLISH:
                     happenings.append(self._end(number, lane.task.step))
+                elif lane.task.stage is Stage.LOOK:
+                    happenings += self._copy(reports, place)
                 elif number == FAST and (differ := _differ(reports)):
                     happenings.append(self._fail(number, differ))
                 elif number == FAST:
                     self._publish(reports, place)
                 else:
                     self._publish_copy(reports, place)
-            elif following is Next.BEGIN and number == DURABLE and 0 < wanted == self._wanted:
-                happenings += self._copy(reports, place)
+            elif following is Next.BEGIN and number == DURABLE and self._wanted:
+                self._look(place)
         return happenings
 
     def late(self, step: int) -> list[Happening]:
@@ -334,41 +327,44 @@ class Saver:
         )
         # Where ranks share the directory, the first of them publishes for all.
         before = {name for entries in written[: place.rank] for name, *_ in entries}
-        self._start_publishing(lane, self._manifest, place, before)
+        manifest = self._manifest
+        self._start_publishing(lane, lambda: manifest, before)
 
     def _publish_copy(self, reports: list[dict[str, Any]], place: Place) -> None:
-        lane = self._lanes[DURABLE]
+        lane, source = self._lanes[DURABLE], self._lanes[FAST].directory
         assert lane.task is not None
         able = [rank for rank, report in enumerate(reports) if report["lanes"][DURABLE]["result"]["able"]]
-        if place.rank == able[0]:
-            manifest = self._lanes[FAST].directory.manifest(entry_name(lane.task.step, self.run))
-            self._start_publishing(lane, manifest, place, set())
-        else:
+        if place.rank != able[0]:
             lane.start(lane.task._replace(stage=Stage.PUBLISH), lambda check: {})
+            return
+        entry = entry_name(lane.task.step, self.run)
+        self._start_publishing(lane, lambda: source.manifest(entry), set())
 
-    def _start_publishing(self, lane: _Lane, manifest: Manifest, place: Place, others: set[str]) -> None:
+    def _start_publishing(self, lane: _Lane, get: Callable[[], Manifest], others: set[str]) -> None:
         """
         Args:
+            get: gives the manifest.
             others: if one of these files is in the directory, somebody else publishes there.
         """
         assert lane.task is not None
-        aside = lane.directory.place(manifest.step, manifest.run, manifest.generation)
-        entry = entry_name(manifest.step, manifest.run)
         busy = [entry_name(self._wanted, self.run)] if self._wanted else []
 
         def publish(check: Callable[[], None]) -> dict[str, Any]:
+            manifest, directory = get(), lane.directory
+            entry = entry_name(manifest.step, manifest.run)
+            aside = directory.place(manifest.step, manifest.run, manifest.generation)
             # In this order: whoever publishes renames the one to the other.
-            if others & {*lane.directory.files(aside)} or others & {*lane.directory.files(entry)}:
+            if others & {*directory.files(aside)} or others & {*directory.files(entry)}:
                 return {}
-            newest = lane.directory.newest_run()
+            newest = directory.newest_run()
             if newest > manifest.run:
                 raise _Superseded(
-                    f"run {newest} has begun in {lane.directory.where}, and this is run {manifest.run}: "
+                    f"run {newest} has begun in {directory.where}, and this is run {manifest.run}: "
                     "another job uses the directory, or took this one for lost. This one ends here"
                 )
             with contextlib.suppress(FileExistsError):  # published, but a loss kept the ranks from hearing so
-                lane.directory.publish(manifest, aside)
-            return {"left": lane.directory.prune(self._retention, (manifest.run, manifest.step), busy)}
+                directory.publish(manifest, aside)
+            return {"left": directory.prune(self._retention, (manifest.run, manifest.step), busy)}
 
         lane.start(lane.task._replace(stage=Stage.PUBLISH), publish)
 
@@ -401,22 +397,36 @@ class Saver:
 
     # The durable directory.
 
+    def _look(self, place: Place) -> None:
+        """See which files of the checkpoint that is to become durable this rank can read."""
+        source, lane = self._lanes[FAST].directory, self._lanes[DURABLE]
+        entry = entry_name(self._wanted, self.run)
+
+        def look(check: Callable[[], None]) -> dict[str, Any]:
+            try:
+                manifest = source.manifest(entry)
+            except CheckpointError:  # a rank that came later, on a machine of its own
+                return {"needs": {}, "holds": []}
+            return {
+                "needs": {file.name: file.size_bytes for file in manifest.files},
+                "holds": source.files(entry),
+            }
+
+        lane.began_s = time.monotonic()
+        lane.start(Task(Stage.LOOK, self._wanted, place.generation), look)
+
     def _copy(self, reports: list[dict[str, Any]], place: Place) -> list[Happening]:
         """Copy a checkpoint of the first directory into the durable one: each rank a part."""
-        step, source, lane = self._wanted, self._lanes[FAST].directory, self._lanes[DURABLE]
-        needs: list[Any] = next((report["needs"] for report in reports if report["needs"]), [])
-        chosen, why = assign(
-            dict(needs),
-            [frozenset(report["holds"]) for report in reports],
-        )
-        task = Task(Stage.WRITE, step, place.generation)
-        lane.began_s = time.monotonic()
+        source, lane = self._lanes[FAST].directory, self._lanes[DURABLE]
+        assert lane.task is not None
+        seen = [report["lanes"][DURABLE]["result"] for report in reports]
+        needs: dict[str, int] = next((one["needs"] for one in seen if one["needs"]), {})
+        chosen, why = assign(needs, [frozenset(one["holds"]) for one in seen])
         if not chosen:
-            lane.task = task
-            return [self._fail(DURABLE, why)]
-        entry = entry_name(step, self.run)
+            return [self._fail(DURABLE, why if needs else "no rank can read it any more")]
+        entry = entry_name(lane.task.step, self.run)
         mine = {name for name, rank in chosen.items() if rank == place.rank}
-        able = bool(reports[place.rank]["needs"])
+        able = bool(seen[place.rank]["needs"])
 
         def upload(check: Callable[[], None]) -> dict[str, Any]:
             store = _Checked(lane.directory.store, check)
@@ -428,14 +438,8 @@ class Saver:
                         copy(source.store, entry, store, into, file)
             return {"able": able}
 
-        lane.start(task, upload)
+        lane.start(lane.task._replace(stage=Stage.WRITE), upload)
         return []
-
-    def _readable(self, step: int) -> Manifest | None:
-        try:
-            return self._lanes[FAST].directory.manifest(entry_name(step, self.run))
-        except (CheckpointError, OSError):
-            return None
 
     # What goes wrong.
 

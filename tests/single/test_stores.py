@@ -330,7 +330,11 @@ def test_a_removal_that_fails_leaves_no_checkpoint(store: Store, monkeypatch: py
     monkeypatch.setattr(local_store.shutil, "rmtree", fail)
     with pytest.raises(PermissionError):
         store.remove(ENTRY)
-    assert store.names(ENTRY) == ["state.bin"]
+    assert store.names(ENTRY) == []
+    monkeypatch.undo()
+    store.write(f"{ENTRY}/state.bin", [b"x"])
+    store.remove(ENTRY)
+    assert store.names() == [], "what was left then goes with the next"
 
 
 @local_only
