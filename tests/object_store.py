@@ -6,6 +6,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,8 @@ def object_store() -> Iterator[str]:
                     break
             else:
                 raise AssertionError(f"the server did not start: {''.join(seen)}")
+            # It logs every request, and blocks when nobody reads that.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in {
                     "AWS_ENDPOINT_URL": found[1],
