@@ -328,7 +328,7 @@ class Saver:
         # Where ranks share the directory, the first of them publishes for all.
         before = {name for entries in written[: place.rank] for name, *_ in entries}
         manifest = self._manifest
-        self._start_publishing(lane, lambda: manifest, before)
+        self._start_publishing(lane, lambda: manifest, before, {name for name, *_ in written[place.rank]})
 
     def _publish_copy(self, reports: list[dict[str, Any]], place: Place) -> None:
         lane, source = self._lanes[DURABLE], self._lanes[FAST].directory
@@ -340,11 +340,14 @@ class Saver:
         entry = entry_name(lane.task.step, self.run)
         self._start_publishing(lane, lambda: source.manifest(entry), set())
 
-    def _start_publishing(self, lane: _Lane, get: Callable[[], Manifest], others: set[str]) -> None:
+    def _start_publishing(
+        self, lane: _Lane, get: Callable[[], Manifest], others: set[str], own: set[str] | None = None
+    ) -> None:
         """
         Args:
             get: gives the manifest.
             others: if one of these files is in the directory, somebody else publishes there.
+            own: these files have to be there; None: all that the manifest names.
         """
         assert lane.task is not None
         busy = [entry_name(self._wanted, self.run)] if self._wanted else []
@@ -353,8 +356,13 @@ class Saver:
             manifest, directory = get(), lane.directory
             entry = entry_name(manifest.step, manifest.run)
             aside = directory.place(manifest.step, manifest.run, manifest.generation)
-            # In this order: whoever publishes renames the one to the other.
-            if others & {*directory.files(aside)} or others & {*directory.files(entry)}:
+            needed = own if own is not None else {file.name for file in manifest.files}
+            held = {*directory.files(aside)}
+            if not needed <= held:  # in this order: whoever publishes renames the one to the other
+                held = {*directory.files(entry)}
+            if gone := sorted(needed - held):
+                raise CheckpointError(f"{gone[0]} has been written to {directory.where}, and is gone")
+            if others & held:
                 return {}
             newest = directory.newest_run()
             if newest > manifest.run:
@@ -475,10 +483,10 @@ class Saver:
             {"step": task.step, "directory": where, "reason": why, "failed_in_a_row": lane.failed},
         )
 
-    def wait(self) -> None:
-        """Wait until this rank's threads have nothing to do."""
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait until this rank's threads have nothing to do, or for about `limit_s`."""
         for lane in self._lanes:
-            lane.background.wait()
+            lane.background.wait(limit_s)
 
     def close(self) -> None:
         """Give up what is under way."""

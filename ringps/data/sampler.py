@@ -199,6 +199,11 @@ class ElasticBatchSampler:
             if self._division is None:
                 self._division = Division(*self._place())
 
+    @property
+    def tracked(self) -> bool:
+        """Whether somebody takes what is yielded, so that the position is that of what was trained."""
+        return self._tracked
+
     def take(self) -> BatchShare | None:
         """The oldest share that has not been taken yet, or None; its batch counts as trained.
 

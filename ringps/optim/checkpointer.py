@@ -23,6 +23,9 @@ from ringps.optim.state import TrainState
 
 _log = logging.getLogger("ringps")
 
+_LOOK_S = 1.0
+"""At the end: between two looks whether all ranks' threads are done."""
+
 _ASKED, _SAVE, _BUSY = 1, 2, 4
 """A rank's marks: it was asked to stop; it wants a save; its thread is at work, a bit for each directory."""
 
@@ -286,7 +289,8 @@ class Checkpointer:
         saver = self._open()
         tried = False
         while True:
-            saver.wait()
+            # Not for ever: others wait in the exchange, and would take this rank for lost.
+            saver.wait(_LOOK_S)
             self._meet(ring, gather)
             if saver.under_way:
                 continue

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,13 +34,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-class _Ask(NamedTuple):
+class _Ask:
     """The handler of a signal: asks a loop to end."""
 
-    leave: Callable[[], None]
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.leave()
+        self._leave()
 
 
 class Keeper(Protocol):
@@ -172,6 +173,11 @@ class TrainState:
             self._begin(ring, admission)
         if keeper is not None:
             keeper.begin(loader)
+        # The optimizer takes batches as they are trained, if it knows the sampler; else nobody would.
+        takes = self._sampler is not None and not self._sampler.tracked
+        if takes:
+            assert self._sampler is not None
+            self._sampler.track()
         with self._terminable(ring, admission, keeper):
             while self._step < until:
                 generation, yielded = ring.generation.number, False
@@ -181,6 +187,9 @@ class TrainState:
                     yielded = True
                     yield self._step + 1, batch
                     self._step += 1
+                    if takes:
+                        assert self._sampler is not None
+                        self._sampler.take()
                     if isinstance(ring, ElasticCommunicator) and admission is not None:
                         self._between(ring, admission, keeper)
                     elif keeper is not None:

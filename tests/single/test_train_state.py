@@ -169,3 +169,28 @@ def test_a_ring_that_nobody_can_leave_keeps_its_signal_handlers() -> None:
     job = Job()
     for _ in job.state.steps(["a"], until=1):
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_position_is_that_of_what_was_trained_without_the_optimizer_knowing_the_sampler(
+    workers: int,
+) -> None:
+    def build() -> tuple[ringps.TrainState, DataLoader[Any]]:
+        model = filled(torch.nn.Linear(3, 1))
+        optimizer = ringps.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        sampler = ringps.ElasticBatchSampler(SAMPLES, BATCH, seed=2)
+        data = TensorDataset(torch.arange(SAMPLES))
+        loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, num_workers=workers)
+        return ringps.TrainState(model=model, optimizer=optimizer, sampler=sampler), loader
+
+    def run(state: ringps.TrainState, loader: DataLoader[Any], until: int) -> list[list[int]]:
+        return [indices.tolist() for _, (indices,) in state.steps(loader, until=until)]
+
+    whole = run(*build(), until=12)
+    state, loader = build()
+    before = run(state, loader, until=7)
+    saved = state.state_dict()
+    assert (saved["sampler"]["epoch"], saved["sampler"]["step"]) == (1, 2), "not what was read ahead"
+    state, loader = build()
+    state.load_state_dict(saved)
+    assert before + run(state, loader, until=12) == whole
