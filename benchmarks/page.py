@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import checkpoint_report
 import goodput
 import plots
 import recovery_report
@@ -163,6 +164,33 @@ lost; *goodput* is useful samples per second with kills by those without.""",
         table=lambda rows: goodput.table(rows).markdown(),
         plot=plots.goodput,
         alt="Useful samples over time, with a worker killed every 15 s, and without",
+    ),
+    Section(
+        name="checkpoint",
+        title="Checkpoints",
+        text="""\
+The parameters of a GPT and AdamW's moments, saved and restored by ringps, by `torch.save` and, in a ring of
+one, by PyTorch's Distributed Checkpoint (`dcp`), to the same disk. A ring of one has a thread for each core,
+others one thread for each rank. *Ceiling* is the time as a multiple of what nobody can be faster than: a
+`copy` of as many bytes into memory that is there, a `write` with fsync, each rank its part; a `read` of
+everything by every rank.
+
+- `save_stall` is how long a save holds up training: for ringps, what it adds to the time from one step to the
+  next, and *own count* what it says itself. With `torch.save` rank 0 saves and the others wait. `dcp-async`
+  is the time until `async_save` returns, with new memory for each save and (`dcp-async-kept`) with that of
+  the one before, as ringps has it.
+- `save_durable` lasts until the checkpoint is whole and synced to the disk and the one before is gone;
+  nothing else goes on.
+- `restore` lasts until the state is in memory; what is read is in the system's cache. All ranks want all of
+  it: each rank of ringps reads a part, checks its hash and sends it to the others, while each loads the whole
+  file with `torch.load`. `restore_into_model` lasts until it is in the model and the optimizer, too; it was
+  compared with what had been saved, bit by bit.
+- `train_step` is real training, with a save every so many steps (`ringps-saving`) and without, in blocks of
+  steps that take turns; checkpoints go to memory (a tmpfs) or to the disk. *Lost* is the part of the speed
+  that saves cost: the median of pairs of blocks, and the least and the most.""",
+        table=checkpoint_report.markdown,
+        plot=plots.checkpoints,
+        alt="Time that a save holds up training, until it is on the disk, and to restore it",
     ),
 )
 

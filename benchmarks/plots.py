@@ -121,6 +121,33 @@ def goodput(rows: Sequence[Row]) -> Any:
     return figure
 
 
+def checkpoints(rows: Sequence[Row]) -> Any:
+    """Times to save and to restore: a panel per operation, bars per world size and backend."""
+    chosen = [one for one in rows if one.op.startswith(("save_", "restore"))]
+    ops = list(dict.fromkeys(one.op for one in chosen))
+    figure, panels = _figure(max(1, len(ops)), panel_width=4.5)
+    for axes, op in zip(panels, ops, strict=False):
+        points = [one for one in chosen if one.op == op]
+        world_sizes = sorted({one.world_size for one in points})
+        names = list(dict.fromkeys(one.backend for one in points))
+        width = 0.8 / len(names)
+        for number, name in enumerate(names):
+            bars = {
+                world_sizes.index(one.world_size) + number * width: one.time_us / 1e3
+                for one in points
+                if one.backend == name
+            }
+            drawn = axes.bar(list(bars), list(bars.values()), width=0.95 * width, label=name)
+            axes.bar_label(drawn, fmt="%.0f", fontsize="small")
+        middles = [place + 0.4 - width / 2 for place in range(len(world_sizes))]
+        axes.set_xticks(middles, [f"n = {n}" for n in world_sizes])
+        axes.set(title=op)
+        axes.margins(y=0.3)  # room for the legend
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("ms")
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """Write the figure, as what the name's ending says, and drop it."""
     pyplot = report.load_pyplot()

@@ -2,7 +2,7 @@
 
     python benchmarks/suite.py                      # all of them, below 10 minutes, and docs/benchmarks.md
     python benchmarks/suite.py --only train -n 2    # a part of them, and no page
-    python benchmarks/suite.py --full               # recovery and goodput as long as they should be
+    python benchmarks/suite.py --full               # recovery, goodput and checkpoint at length
 
 Results are kept as JSON in benchmarks/out. The page is written when no size, transport or time was chosen
 and there are results of all benchmarks, so that it always shows whole runs; `python benchmarks/page.py`
@@ -19,17 +19,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("allreduce", "train", "hosts", "simulate", "recovery", "goodput")
+SCRIPTS = ("allreduce", "train", "hosts", "simulate", "recovery", "goodput", "checkpoint")
 WITH_OPTIONS = ("allreduce", "train")
 """Those that take `-n` and `--transport`."""
 AS_ROOT = ("hosts",)
 SHORT = {
     "recovery": ("--repeats=2", "--turns=1"),
     "goodput": ("--seconds=40", "--quiet-seconds=15"),
+    "checkpoint": ("--seconds=8", "--pairs=3"),
 }
 FULL = {
     "recovery": ("--repeats=5", "--turns=3"),
     "goodput": ("--seconds=180",),
+    "checkpoint": ("--seconds=60", "--pairs=12"),
 }
 """What scripts are told without and with `--full`."""
 
@@ -43,7 +45,7 @@ def main() -> None:
     add("-n", "--workers", metavar="N,N", help="world sizes (default: 2,4)")
     add("--transport", metavar="NAME,NAME", help="tcp, shm or auto (default: what the script takes)")
     add("--seconds", metavar="S", help="about how long to measure each point")
-    add("--full", action="store_true", help="goodput for 3 minutes each, recovery with more repetitions")
+    add("--full", action="store_true", help="goodput for 3 minutes each, the rest with more repetitions")
     options = parser.parse_args()
     chosen = [
         f"--{name}={value}"

@@ -28,8 +28,17 @@ class Limits:
     max_repeats: int
 
 
-def run(script: str, world_size: int, transport: str, arguments: Sequence[str]) -> list[report.Row]:
+def run(
+    script: str, world_size: int, transport: str, arguments: Sequence[str], *, fixed: bool = False
+) -> list[report.Row]:
     """Run a script under `ringps run`; the rows that its rank 0 writes to `--json FILE`.
+
+    Args:
+        script: its path.
+        world_size: number of workers.
+        transport: as of `ringps run`.
+        arguments: the script's.
+        fixed: the ring cannot do without any of them.
 
     Raises:
         SystemExit: a worker failed; with its exit code.
@@ -38,6 +47,7 @@ def run(script: str, world_size: int, transport: str, arguments: Sequence[str]) 
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows.json"
         command = [sys.executable, "-m", "ringps_launcher", "run", "-n", str(world_size)]
+        command += [f"--min-workers={world_size}"] if fixed else []
         command += ["--transport", transport, script, "--json", str(rows)]
         code = subprocess.run([*command, "--quiet", *arguments], check=False).returncode
         if code:

@@ -112,7 +112,10 @@ def rank_file(rank: int, world_size: int) -> str:
 
 
 def _resolved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.contiguous()
 
 
 def _file_of(weights: Mapping[str, torch.Tensor], part: Part) -> list[torch.Tensor]:

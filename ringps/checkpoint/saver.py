@@ -32,6 +32,8 @@ from ringps.errors import CheckpointError
 
 _log = logging.getLogger("ringps")
 
+_FAREWELL_S = 5.0
+
 FAST, DURABLE = 0, 1
 """The lanes: into the first directory, and from there into the durable one."""
 
@@ -489,9 +491,12 @@ class Saver:
             lane.background.wait(limit_s)
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way. Threads end, unless a disk holds them: a process that ends while one is
+        at work in torch would be aborted."""
         for lane in self._lanes:
             lane.drop()
+        for background in (*(lane.background for lane in self._lanes), self._faulting):
+            background.wait(_FAREWELL_S)
 
     def statistics(self) -> SaverStatistics:
         """Counters so far."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -145,19 +145,18 @@ class _Writer:
             raise _Unsuitable(f"is nested more than {MAX_DEPTH} deep, or contains itself", ValueError)
         return handle(self, value, depth)
 
-    def _write_items(
-        self, items: Iterable[tuple[str | int, Any]], depth: int
-    ) -> Iterable[tuple[str | int, Any]]:
-        for key, value in items:
-            try:
-                yield key, self.write(value, depth + 1)
-            except _Unsuitable as problem:
-                problem.keys.append(key)
-                raise
+    def write_item(self, key: str | int, value: Any, depth: int) -> Any:
+        try:
+            return self.write(value, depth)
+        except _Unsuitable as problem:
+            problem.keys.append(key)
+            raise
 
     def write_sequence(self, value: Sequence[Any], depth: int) -> list[Any]:
-        kind = _LIST if type(value) is list else _TUPLE
-        return [kind, *(item for _, item in self._write_items(enumerate(value), depth))]
+        written: list[Any] = [_LIST if type(value) is list else _TUPLE]
+        for position, item in enumerate(value):
+            written.append(item if type(item) in _PLAIN else self.write_item(position, item, depth + 1))
+        return written
 
     def write_mapping(self, value: Mapping[Any, Any], depth: int) -> list[Any]:
         written: list[Any] = [_DICT_KINDS[type(value)]]
@@ -165,11 +164,14 @@ class _Writer:
         if written[0] == _ORDERED and metadata is not None:
             # A module's state_dict() carries the versions of its layers' formats there.
             written = [_MODULE, self.write(metadata, depth + 1)]
-        for key in value:
-            if type(key) is not str and type(key) is not int:
+        for key, item in value.items():
+            if type(key) is str:
+                written.append(key)
+            elif type(key) is int:
+                written.append(self.write(key, depth))
+            else:
                 raise _Unsuitable(f"has the key {key!r}: ringps can only save text and whole numbers as keys")
-        for key, item in self._write_items(value.items(), depth):
-            written += (self.write(key, depth), item)
+            written.append(item if type(item) in _PLAIN else self.write_item(key, item, depth + 1))
         return written
 
     def write_tensor(self, value: torch.Tensor, depth: int) -> list[Any]:
@@ -183,7 +185,9 @@ class _Writer:
                 f"is a tensor on {value.device}: ringps can only save tensors in the CPU's memory; "
                 "copy it there with .cpu() first"
             )
-        value = value.detach().resolve_conj().resolve_neg()
+        value = value.detach()
+        if value.is_conj() or value.is_neg():
+            value = value.resolve_conj().resolve_neg()
         order: list[int] | None = None
         if not value.is_contiguous():
             order = _order_in_memory(value)

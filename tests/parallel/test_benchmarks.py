@@ -209,5 +209,33 @@ def test_goodput_is_compared(tmp_path: Path) -> None:
     assert len(out.splitlines()) == 1 + len(rows)
 
 
+def test_checkpoints_are_compared(tmp_path: Path) -> None:
+    results = tmp_path / "rows.json"
+    command = ["benchmarks/checkpoint.py", "-n", "2", "--megabytes", "1", "--directory", tmp_path]
+    command += ["--seconds", "0.1", "--min-repeats", "2", "--model", "gpt-tiny", "--pairs", "1"]
+    out = start(*command, "--json", results)
+    rows = json.loads(results.read_text())
+    for row in rows:
+        check(row)
+        assert (row["bench"], row["world_size"]) == ("checkpoint", 2)
+    state = [(row["op"], row["backend"]) for row in rows if row["op"] != "train_step"]
+    assert state == [
+        *(("save_stall", backend) for backend in ("ringps", "torch.save", "copy")),
+        *(("save_durable", backend) for backend in ("ringps", "torch.save", "write")),
+        *(("restore", backend) for backend in ("ringps", "torch.save", "read")),
+        *(("restore_into_model", backend) for backend in ("ringps", "torch.save")),
+    ]
+    by_place: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[len(state) :]:
+        by_place.setdefault(row["env"]["place"], []).append(row)
+    assert set(by_place) in ({"memory", "disk"}, {"disk"})  # where there is no room in memory
+    for without, saving in by_place.values():
+        assert (without["backend"], saving["backend"]) == ("ringps", "ringps-saving")
+        assert saving["env"]["saves_asked"] == 2
+        assert 1 - without["time_us"] / saving["time_us"] == pytest.approx(saving["env"]["lost"], abs=1e-3)
+    assert "in plain copies" in out
+    assert list(tmp_path.iterdir()) == [results]
+
+
 def test_the_suite_knows_its_parts() -> None:
     assert "no benchmark nonsense" in start("benchmarks/suite.py", "--only", "nonsense", fails=True)

@@ -345,11 +345,11 @@ class TestWhoeverIsCutOff:
         old = Ring([[shared]] * 2, keep=1)
         old.save(1)
         old.begin(2)
+        for saver in old.savers:
+            saver.wait()
         new = Ring([[shared]] * 2, run=2, keep=2)
         begin(shared, run=2, base=(1, 1))
         new.save(2)
-        for saver in old.savers:
-            saver.wait()
         old.meet()
         for saver in old.savers:
             saver.wait()
