@@ -358,6 +358,12 @@ class Saver:
             manifest, directory = get(), lane.directory
             entry = entry_name(manifest.step, manifest.run)
             aside = directory.place(manifest.step, manifest.run, manifest.generation)
+            newest = directory.newest_run()
+            if newest > manifest.run:
+                raise _Superseded(
+                    f"run {newest} has begun in {directory.where}, and this is run {manifest.run}: "
+                    "another job uses the directory, or took this one for lost. This one ends here"
+                )
             needed = own if own is not None else {file.name for file in manifest.files}
             held = {*directory.files(aside)}
             if not needed <= held:  # in this order: whoever publishes renames the one to the other
@@ -366,12 +372,6 @@ class Saver:
                 raise CheckpointError(f"{gone[0]} has been written to {directory.where}, and is gone")
             if others & held:
                 return {}
-            newest = directory.newest_run()
-            if newest > manifest.run:
-                raise _Superseded(
-                    f"run {newest} has begun in {directory.where}, and this is run {manifest.run}: "
-                    "another job uses the directory, or took this one for lost. This one ends here"
-                )
             with contextlib.suppress(FileExistsError):  # published, but a loss kept the ranks from hearing so
                 directory.publish(manifest, aside)
             return {"left": directory.prune(self._retention, (manifest.run, manifest.step), busy)}
