@@ -495,8 +495,8 @@ class Saver:
         at work in torch would be aborted."""
         for lane in self._lanes:
             lane.drop()
-        for background in (*(lane.background for lane in self._lanes), self._faulting):
-            background.wait(_FAREWELL_S)
+            lane.background.wait(_FAREWELL_S)
+        self._faulting.wait(_FAREWELL_S)
 
     def statistics(self) -> SaverStatistics:
         """Counters so far."""

@@ -14,7 +14,7 @@ import torch
 
 from ringps.checkpoint.contents import Source
 from ringps.checkpoint.packed import flat
-from ringps.checkpoint.pieces import ALIGNMENT, allocate
+from ringps.checkpoint.pieces import allocate
 
 _PAGE_BYTES = 4096
 _SMALL_BYTES = 64 * 1024
@@ -154,12 +154,14 @@ def _do(waiting: deque[_Job]) -> None:
 
 
 def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _touched(size_bytes: int) -> torch.Tensor:
     """Memory that the system has given already, and not at the first writing."""
-    memory = allocate(size_bytes)
+    memory = allocate(size_bytes + _PAGE_BYTES)
+    skip = -memory.data_ptr() % _PAGE_BYTES  # files that begin with a page can be written past the cache
+    memory = memory[skip : skip + size_bytes]
     memory.numpy()[::_PAGE_BYTES] = 0
     return memory
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -80,6 +80,8 @@ class _Restoration:
         self._ring = ring
         self._directories = directories
         self._held: dict[str, torch.Tensor] = {}
+        self._hashes: dict[str, bytes] = {}
+        """Of what this rank has read itself."""
 
     def run(self) -> Restored:
         began_s = time.monotonic()
@@ -119,7 +121,8 @@ class _Restoration:
 
     def digest(self) -> bytes:
         """A hash of what this rank has got."""
-        return combine(digest(self._held[name]) for name in sorted(self._held))
+        held = sorted(self._held.items())
+        return combine(self._hashes.get(name) or digest(tensor) for name, tensor in held)
 
     @property
     def _where(self) -> str:
@@ -224,30 +227,37 @@ class _Restoration:
     def _read(self, entry: str, candidate: _Candidate) -> str:
         """Get all of a checkpoint's files to all ranks. Why not, or nothing."""
         entries = {file.name: file for file in candidate.manifest.files}
-        self._held = _rooms(candidate.manifest.files)
-        readers: dict[str, int] = {}
+        self._held, self._hashes = _rooms(candidate.manifest.files), {}
         lengths: dict[str, int] = {}
+        readers: dict[str, list[int]] = {}
         holders = list(candidate.holders)
         problems: dict[str, str] = {}
-        left = dict(entries)
-        while left:
+        while left := {name: file for name, file in entries.items() if name not in lengths}:
             chosen, why = assign({name: file.size_bytes for name, file in left.items()}, holders)
             if not chosen:
                 # Why a file was wrong where it was found says more than that it is found nowhere else.
                 return next((problems[name] for name in left if name in problems), "") or why
-            read = self._each(lambda chosen=chosen: self._read_mine(entry, entries, chosen))
+            mine = {name for name, rank in chosen.items() if rank == self._ring.rank}
+            if self._shares_a_disk(candidate):
+                mine = left.keys() & holders[self._ring.rank]  # as quick as getting it from another
+            read = self._each(lambda mine=mine: self._read_mine(entry, [entries[name] for name in mine]))
             for rank, (done, failed) in enumerate(read):
                 lengths.update(done)
-                readers.update(dict.fromkeys(done, rank))
                 problems.update(failed)
                 holders[rank] -= set(failed)
-            left = {name: file for name, file in left.items() if name not in lengths}
+                for name in done:
+                    readers.setdefault(name, []).append(rank)
         for name in entries:
             if name not in self._held:
                 self._held[name] = allocate(lengths[name])
-            if self._ring.world_size > 1:
-                self._ring.broadcast(self._held[name], readers[name])
+            if len(readers[name]) < self._ring.world_size:
+                self._ring.broadcast(self._held[name], readers[name][0])
         return ""
+
+    def _shares_a_disk(self, candidate: _Candidate) -> bool:
+        """Whether all ranks are on one machine, and read from its file system."""
+        hosts = {member.host for member in self._ring.generation.members}
+        return len(hosts) == 1 and self._directories[candidate.directory].store.renames
 
     def _assemble(self) -> tuple[Contents | None, str]:
         """What the files hold, the same on all ranks; None and the reason if that is no training state."""
@@ -256,11 +266,8 @@ class _Restoration:
         except CheckpointError as error:
             return None, str(error)
 
-    def _read_mine(
-        self, entry: str, entries: Mapping[str, FileEntry], chosen: Mapping[str, int]
-    ) -> list[Any]:
-        """Read the files that are this rank's to read. How long each is, decompressed, and what is wrong."""
-        mine = [entries[name] for name, rank in chosen.items() if rank == self._ring.rank]
+    def _read_mine(self, entry: str, mine: Sequence[FileEntry]) -> list[Any]:
+        """Read these files. How long each is, decompressed, and what is wrong."""
         done: dict[str, int] = {}
         failed: dict[str, str] = {}
 
@@ -269,11 +276,14 @@ class _Restoration:
             for directory in self._directories:
                 try:
                     got = files.read(directory.store, entry, file, self._held.get(file.name))
-                    self._held[file.name] = got
-                    done[file.name] = got.numel()
-                    return
                 except (CheckpointError, OSError) as error:
                     errors.append(_words(error))
+                    continue
+                self._held[file.name] = got
+                if not file.name.endswith(COMPRESSED_SUFFIX):
+                    self._hashes[file.name] = bytes.fromhex(file.digest)  # it has just been found so
+                done[file.name] = got.numel()
+                return
             failed[file.name] = errors[0]
 
         with ThreadPoolExecutor(torch.get_num_threads(), "ringps-restore") as pool:
