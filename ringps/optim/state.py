@@ -313,8 +313,11 @@ class TrainState:
         return {"random": randomness.capture(loader), "buffers": self._buffers()}
 
     def _buffers(self) -> dict[str, torch.Tensor]:
+        buffers = dict(self._model.named_buffers())
+        if not buffers:
+            return {}
         persistent = self._model.state_dict()
-        return {name: buffer for name, buffer in self._model.named_buffers() if name in persistent}
+        return {name: buffer for name, buffer in buffers.items() if name in persistent}
 
     def go_on(self, state: dict[str, Any], where: str) -> None:
         """Continue from what `shared` gave some time ago, with any number of ranks; alike on all ranks.
