@@ -168,24 +168,31 @@ def _verified(source: _Source, into: torch.Tensor | None) -> torch.Tensor:
     return raw
 
 
-def read_all(store: Files, directory: str, entries: Sequence[FileEntry]) -> dict[str, torch.Tensor]:
-    """The bytes of files by name, as `read` gives them, several at a time.
+def rooms(entries: Sequence[FileEntry]) -> dict[str, torch.Tensor]:
+    """New memory for those of the files that are not compressed, by name.
 
-    Slices of the state that are not compressed come one behind the other in memory, as
-    `contents.assemble` likes them.
+    Slices of the state lie one behind the other, so that `contents.assemble` need not put them together.
+    """
+    plain = [file for file in entries if not file.name.endswith(COMPRESSED_SUFFIX)]
+    found = {file.name: allocate(file.size_bytes) for file in plain if file.kind != "state"}
+    slices = sorted((file for file in plain if file.kind == "state"), key=lambda file: file.name)
+    room, at = allocate(sum(file.size_bytes for file in slices)), 0
+    for file in slices:
+        found[file.name] = room[at : at + file.size_bytes]
+        at += file.size_bytes
+    return found
+
+
+def read_all(store: Files, directory: str, entries: Sequence[FileEntry]) -> dict[str, torch.Tensor]:
+    """The bytes of files by name, as `read` gives them, several at a time, in memory as of `rooms`.
 
     Raises:
         CheckpointError: as `read`; the first of `entries` that is damaged.
         OSError: what else the store raises.
     """
-    rooms: dict[str, torch.Tensor] = {}
-    slices = [file for file in entries if file.kind == "state" and not file.name.endswith(COMPRESSED_SUFFIX)]
-    room, at = allocate(sum(file.size_bytes for file in slices)), 0
-    for file in sorted(slices, key=lambda file: file.name):
-        rooms[file.name] = room[at : at + file.size_bytes]
-        at += file.size_bytes
+    into = rooms(entries)
     with ThreadPoolExecutor(torch.get_num_threads(), "ringps-restore") as readers:
-        reads = [readers.submit(read, store, directory, file, rooms.get(file.name)) for file in entries]
+        reads = [readers.submit(read, store, directory, file, into.get(file.name)) for file in entries]
         return {file.name: reading.result() for file, reading in zip(entries, reads, strict=True)}
 
 

@@ -27,7 +27,7 @@ from ringps.checkpoint.directory import Directory, Retention
 from ringps.checkpoint.lanes import Next, Said, Stage, Task, assign, decide
 from ringps.checkpoint.manifest import FileEntry, Manifest, entry_name
 from ringps.checkpoint.snapshot import Arena, room_for, take
-from ringps.checkpoint.store import Store
+from ringps.checkpoint.store import Store, in_words
 from ringps.errors import CheckpointError
 
 _log = logging.getLogger("ringps")
@@ -111,7 +111,7 @@ class _Lane:
         result = self.background.result if self.task is not None else None
         error = ""
         if isinstance(result, Exception):
-            error = _words(result)
+            error = in_words(result)
         return {
             "task": None if self.task is None else list(self.task),
             "busy": self.background.busy,
@@ -551,9 +551,3 @@ def _said(told: dict[str, Any]) -> Said:
         busy=told["busy"],
         error=told["error"],
     )
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error) or type(error).__name__

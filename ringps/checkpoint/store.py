@@ -145,6 +145,13 @@ def open_store(where: str | os.PathLike[str]) -> Store:
     return LocalStore(path)
 
 
+def in_words(error: Exception) -> str:
+    """What went wrong, for a message that says where."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 def without_password(url: str) -> str:
     """A URL as it may be shown."""
     return _PASSWORD.sub(r"\1", url)

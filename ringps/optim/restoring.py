@@ -18,6 +18,7 @@ from ringps.checkpoint.lanes import assign
 from ringps.checkpoint.lineage import UNKNOWN, Base, Point, history
 from ringps.checkpoint.manifest import FileEntry, Manifest, entry_name
 from ringps.checkpoint.pieces import allocate
+from ringps.checkpoint.store import in_words
 from ringps.collectives import Communicator
 from ringps.errors import CheckpointError
 from ringps.kernels.digest import combine, digest
@@ -210,7 +211,7 @@ class _Restoration:
                     manifests.append([number, directory.manifest(entry).encode()])
                     held |= set(directory.files(entry))
                 except (CheckpointError, OSError) as error:
-                    errors.append(_words(error))
+                    errors.append(in_words(error))
             return [manifests, sorted(held), errors]
 
         seen = self._each(see)
@@ -227,7 +228,7 @@ class _Restoration:
     def _read(self, entry: str, candidate: _Candidate) -> str:
         """Get all of a checkpoint's files to all ranks. Why not, or nothing."""
         entries = {file.name: file for file in candidate.manifest.files}
-        self._held, self._hashes = _rooms(candidate.manifest.files), {}
+        self._held, self._hashes = files.rooms(candidate.manifest.files), {}
         lengths: dict[str, int] = {}
         readers: dict[str, list[int]] = {}
         holders = list(candidate.holders)
@@ -277,7 +278,7 @@ class _Restoration:
                 try:
                     got = files.read(directory.store, entry, file, self._held.get(file.name))
                 except (CheckpointError, OSError) as error:
-                    errors.append(_words(error))
+                    errors.append(in_words(error))
                     continue
                 self._held[file.name] = got
                 if not file.name.endswith(COMPRESSED_SUFFIX):
@@ -299,7 +300,7 @@ class _Restoration:
         try:
             said = {"result": do()}
         except (CheckpointError, OSError) as error:
-            said = {"error": _words(error)}
+            said = {"error": in_words(error)}
         everyone = [msgpack.unpackb(raw, strict_map_key=False) for raw in self._gather(msgpack.packb(said))]
         for rank, one in enumerate(everyone):
             if "error" in one:
@@ -308,22 +309,3 @@ class _Restoration:
 
     def _gather(self, payload: bytes) -> list[bytes]:
         return self._ring.gather_bytes(payload)
-
-
-def _rooms(entries: Sequence[FileEntry]) -> dict[str, torch.Tensor]:
-    """Memory for the files whose size is known. Slices of the state lie one behind the other, so that they
-    need not be put together."""
-    plain = [file for file in entries if not file.name.endswith(COMPRESSED_SUFFIX)]
-    rooms = {file.name: allocate(file.size_bytes) for file in plain if file.kind != "state"}
-    slices = sorted((file for file in plain if file.kind == "state"), key=lambda file: file.name)
-    room, at = allocate(sum(file.size_bytes for file in slices)), 0
-    for file in slices:
-        rooms[file.name] = room[at : at + file.size_bytes]
-        at += file.size_bytes
-    return rooms
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error) or type(error).__name__
