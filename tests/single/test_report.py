@@ -135,7 +135,14 @@ def test_predictions_leave_out_what_is_neither_a_step_nor_measured() -> None:
 def test_the_page_prints_what_is_there_and_names_what_is_not(tmp_path: Path) -> None:
     report.write_json(tmp_path / "train.json", STEPS)
     path = tmp_path / "docs" / "page.md"
-    assert page.write(tmp_path, path, draw=False) == ["allreduce", "hosts", "simulate", "recovery", "goodput"]
+    assert page.write(tmp_path, path, draw=False) == [
+        "allreduce",
+        "hosts",
+        "simulate",
+        "recovery",
+        "goodput",
+        "checkpoint",
+    ]
     text = path.read_text()
     assert "## Training steps" in text
     assert "## All-reduce" not in text
@@ -169,7 +176,7 @@ def test_the_page_shows_its_plots(tmp_path: Path) -> None:
     for name, rows in (("allreduce", BANDWIDTHS), ("train", STEPS), ("simulate", SIMULATED)):
         report.write_json(tmp_path / f"{name}.json", rows)
     path = tmp_path / "page.md"
-    assert page.write(tmp_path, path) == ["hosts", "recovery", "goodput"]
+    assert page.write(tmp_path, path) == ["hosts", "recovery", "goodput", "checkpoint"]
     for name in ("allreduce", "train", "simulate"):
         assert f"](page/{name}.svg)" in path.read_text()
         ElementTree.parse(tmp_path / "page" / f"{name}.svg")
