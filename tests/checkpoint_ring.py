@@ -93,7 +93,8 @@ class Ring:
             if ended.code and not any(codes.values()):
                 for pid in pids:
                     if pid != ended.pid and pid not in codes:
-                        os.kill(pid, signal.SIGKILL)  # it is not reaped before its end is reported
+                        with contextlib.suppress(ProcessLookupError):  # its end is about to be reported
+                            os.kill(pid, signal.SIGKILL)
             codes[ended.pid] = ended.code
         return [codes[pid] for pid in pids]
 
