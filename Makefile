@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test chaos check format golden bench wheel clean
+.PHONY: help setup demo test smoke chaos check format golden bench wheel clean
 
 help:  ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -16,13 +16,18 @@ setup:  ## Make .venv; does nothing when that is done already
 demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
-test: setup  ## Run all tests (ARGS="tests/single -k ring")
+SMOKE := tests/parallel/test_benchmarks.py tests/parallel/test_examples.py
+
+test: setup  ## Run the tests (ARGS="tests/single -k ring"), but for those of `make smoke`
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -n 2 tests/single
-	$(BIN)/python -m pytest tests/parallel
+	$(BIN)/python -m pytest tests/parallel $(SMOKE:%=--ignore=%)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+smoke: setup  ## Test that the benchmarks and the examples run from end to end
+	$(BIN)/python -m pytest $(SMOKE) $(ARGS)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
 	$(BIN)/python scripts/chaos.py $(ARGS)

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ringps.checkpoint.retention import Retention
-    from ringps.checkpoint.saver import Saving
+    from ringps.checkpoint.saving import Saving
     from ringps.collectives.functions import (
         all_gather,
         all_reduce,
@@ -105,7 +105,7 @@ _HOMES = {
     **dict.fromkeys(("ElasticBatchSampler", "init", "shutdown"), "ringps.runtime"),
     **dict.fromkeys(("Checkpointer", "DistributedOptimizer", "TrainState"), "ringps.optim"),
     "Retention": "ringps.checkpoint.retention",
-    "Saving": "ringps.checkpoint.saver",
+    "Saving": "ringps.checkpoint.saving",
     **{name: "ringps.errors" for name in __all__ if name.endswith("Error")},
 }
 

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ signal.pause()
 """
 """A script that joins the ring and waits there, without loading torch."""
 
+_SILENCE_S = 50.0
 _LIMIT_S = 45.0  # below the tests' own limit, so that it is reported with the output so far
 
 
@@ -61,12 +63,22 @@ class Ringps:
         return self.process.stdout
 
     def expect(self, text: str) -> str:
-        """Read stdout up to the line that contains `text`."""
-        for line in self.out:
+        """Read stdout up to the line that contains `text`; a command that says nothing for long is killed."""
+        for line in self._lines():
             self.seen.append(line)
             if text in line:
                 return line.rstrip("\n")
         raise AssertionError(f"no {text!r} in the output: {self.seen} {self.finish()}")
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            watch = threading.Timer(_SILENCE_S, self.process.kill)
+            watch.start()
+            line = self.out.readline()
+            watch.cancel()
+            if not line:
+                return
+            yield line
 
     def expect_all(self, *texts: str) -> list[str]:
         """Read stdout until each of the texts has come, in any order; their lines in this order."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import msgpack
 import torch
@@ -26,6 +26,7 @@ from ringps.checkpoint.copying import copy
 from ringps.checkpoint.directory import Directory, Retention
 from ringps.checkpoint.lanes import Next, Said, Stage, Task, assign, decide
 from ringps.checkpoint.manifest import FileEntry, Manifest, entry_name
+from ringps.checkpoint.saving import Happening, Place, SaverStatistics, Saving
 from ringps.checkpoint.snapshot import Arena, room_for, take
 from ringps.checkpoint.store import Store, in_words
 from ringps.errors import CheckpointError
@@ -36,64 +37,6 @@ _FAREWELL_S = 5.0
 
 FAST, DURABLE = 0, 1
 """The lanes: into the first directory, and from there into the durable one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saving:
-    """How checkpoints are saved."""
-
-    compression: Literal["", "zstd"] = ""
-    """Of all but the weights, which stay readable for every tool. zstd takes the package zstandard
-    (`ringps[zstd]`) and about a second of a core for 400 MB; floating-point numbers shrink by a tenth."""
-
-    max_failed: int = 10
-    """How many saves in a row may fail, counted for each directory, before training stops with an error."""
-
-    final: bool = True
-    """Save the last step of `steps` too, if none was due then."""
-
-    stop_window_s: float = 2.0
-    """After SIGTERM to this worker: how long to wait whether all others get it too, which stops the job with
-    a checkpoint. Else this worker leaves, and the others go on."""
-
-    def __post_init__(self) -> None:
-        files.check_compression(self.compression)
-        if self.max_failed < 0:
-            raise ValueError(f"max_failed must be 0 or more, not {self.max_failed}")
-        if not self.stop_window_s >= 0:
-            raise ValueError(f"stop_window_s must be 0 or more, not {self.stop_window_s}")
-
-
-class Place(NamedTuple):
-    """Where in the ring this rank is."""
-
-    rank: int
-    world_size: int
-    generation: int
-
-
-class Happening(NamedTuple):
-    """Something to be told; the same on all ranks."""
-
-    event: str
-    """"checkpoint_saved", "checkpoint_failed" or "checkpoint_late"."""
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaverStatistics:
-    """What this rank has done for checkpoints."""
-
-    saved: int
-    """Checkpoints that became whole in the first directory."""
-    failed: int
-    """Saves that did not come to a good end, of both directories."""
-    dropped: int
-    """Saves that were given up because the ring changed."""
-    stall_s: tuple[float, ...]
-    """How long each snapshot held up training, the newest 100."""
-    bytes_written: int
-    """By this rank, of snapshots."""
 
 
 @dataclass
@@ -108,13 +51,12 @@ class _Lane:
     began_s: float = 0.0
 
     def said(self) -> dict[str, Any]:
-        result = self.background.result if self.task is not None else None
-        error = ""
-        if isinstance(result, Exception):
-            error = in_words(result)
+        busy = self.background.busy  # looked at first: it may end while this is put together
+        result = None if busy or self.task is None else self.background.result
+        error = in_words(result) if isinstance(result, Exception) else ""
         return {
             "task": None if self.task is None else list(self.task),
-            "busy": self.background.busy,
+            "busy": busy,
             "error": error,
             "superseded": isinstance(result, _Superseded),
             "result": result if isinstance(result, dict) else {},

@@ -13,7 +13,8 @@ from typing import Any, Self
 from ringps import worker_env
 from ringps.checkpoint.contents import compose
 from ringps.checkpoint.directory import Directory, Retention
-from ringps.checkpoint.saver import Happening, Place, Saver, SaverStatistics, Saving
+from ringps.checkpoint.saver import Saver
+from ringps.checkpoint.saving import Happening, Place, SaverStatistics, Saving
 from ringps.checkpoint.store import open_store
 from ringps.collectives import Communicator, ElasticCommunicator, current
 from ringps.errors import CheckpointError, ClosedError, PeerLostError, RingChangedError
@@ -131,12 +132,11 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait until what was saved is whole; after an exception, give it up."""
-        saver, self._saver = self._saver, None
+        saver = self._saver
         if saver is None:
             return
         try:
             if kind is None:
-                self._saver = saver
                 self._flush(final=False)
         finally:
             self._saver = None

@@ -15,9 +15,12 @@ import torch
 
 from ringps import CheckpointError, Retention, Saving, probe
 from ringps.checkpoint import files
+from ringps.checkpoint.background import Background
 from ringps.checkpoint.contents import assemble, compose
 from ringps.checkpoint.directory import Directory
-from ringps.checkpoint.saver import Happening, Place, Saver
+from ringps.checkpoint.lanes import Stage, Task
+from ringps.checkpoint.saver import Saver, _Lane
+from ringps.checkpoint.saving import Happening, Place
 from ringps.checkpoint.store import open_store
 from tests.saved import begin
 
@@ -317,6 +320,24 @@ def test_a_copy_that_nobody_can_finish_is_given_up(tmp_path: Path) -> None:
     assert ring.happenings[-1].details["reason"].startswith("no rank can read")
     ring.save(2)
     assert steps_in(durable) == [2]
+
+
+def test_a_task_that_ends_while_a_report_is_made_is_busy_or_has_a_result(shared: Path) -> None:
+    class Ending(Background[dict[str, Any]]):
+        """Has ended when it is looked at for the second time."""
+
+        looks = 0
+
+        @property
+        def busy(self) -> bool:
+            self.looks += 1
+            return self.looks == 1
+
+    lane = _Lane(Directory(open_store(shared)), Ending("save"), task=Task(Stage.WRITE, 1, 1))
+    lane.background._result = {"files": []}
+    for _ in range(2):
+        said = lane.said()
+        assert said["busy"] or said["result"]
 
 
 class TestWhoeverIsCutOff:
