@@ -101,6 +101,8 @@ class Saver:
         """The step of the newest one that was begun."""
         self._wanted = 0
         """The step that is to become durable; 0: none."""
+        self.at_rest = True
+        """Whether nothing was under way on any rank when reports were last exchanged, nor has begun since."""
         self._met = 0
         """The generation in which reports were last exchanged."""
         self._manifest: Manifest | None = None
@@ -116,11 +118,6 @@ class Saver:
     def busy(self) -> tuple[bool, ...]:
         """By lane: whether this rank's thread is at work."""
         return tuple(lane.background.busy for lane in self._lanes)
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a save or a copy is under way, or is to begin."""
-        return bool(self._wanted) or any(lane.task is not None for lane in self._lanes)
 
     def must_meet(self, busy: Sequence[bool], generation: int) -> bool:
         """Whether ranks must exchange reports now; the same on all ranks.
@@ -190,6 +187,9 @@ class Saver:
                     self._publish_copy(reports, place)
             elif following is Next.BEGIN and number == DURABLE and self._wanted:
                 self._look(place)
+        # A thread may be at work though its task was given up.
+        idle = not any(lane["busy"] for report in reports for lane in report["lanes"])
+        self.at_rest = idle and not self._wanted and all(lane.task is None for lane in self._lanes)
         return happenings
 
     def late(self, step: int) -> list[Happening]:
@@ -228,6 +228,7 @@ class Saver:
         """
         lane = self._lanes[FAST]
         assert lane.task is None and not lane.background.busy
+        self.at_rest = False
         if self._arena.in_use:
             self._arena.release()
         images = take(self._arena, composed.sources)

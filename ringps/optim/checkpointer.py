@@ -292,7 +292,7 @@ class Checkpointer:
             # Not for ever: others wait in the exchange, and would take this rank for lost.
             saver.wait(_LOOK_S)
             self._meet(ring, gather)
-            if saver.under_way:
+            if not saver.at_rest:
                 continue
             if not final or saver.last >= self._state.step:
                 return

@@ -58,10 +58,13 @@ class Ring:
         due = {saver.must_meet(busy, self.generation) for saver in self.savers}
         assert len(due) == 1, "all ranks or none"
         if due == {True}:
-            reports = [saver.report() for saver in self.savers]
-            told = [saver.absorb(reports, self.place(rank)) for rank, saver in enumerate(self.savers)]
-            assert all([one.event for one in other] == [one.event for one in told[0]] for other in told)
-            self.happenings += told[0]
+            self.exchange()
+
+    def exchange(self) -> None:
+        reports = [saver.report() for saver in self.savers]
+        told = [saver.absorb(reports, self.place(rank)) for rank, saver in enumerate(self.savers)]
+        assert all([one.event for one in other] == [one.event for one in told[0]] for other in told)
+        self.happenings += told[0]
 
     def begin(self, step: int, *, states: Callable[[int], dict[str, Any]] | None = None) -> None:
         for rank, saver in enumerate(self.savers):
@@ -74,8 +77,8 @@ class Ring:
         for _ in range(20):
             for saver in self.savers:
                 saver.wait()
-            self.meet()
-            if not any(saver.under_way for saver in self.savers):
+            self.exchange()
+            if all(saver.at_rest for saver in self.savers):
                 return
         raise AssertionError("the savers do not come to rest")
 
@@ -267,6 +270,21 @@ def test_a_change_of_the_ring_drops_the_save_and_a_new_one_follows(shared: Path)
     ring.save(3)
     assert steps_in(shared) == [1, 3]
     assert not list(shared.glob(".aside*")), "what was given up is cleared away"
+
+
+def test_a_thread_that_goes_on_with_what_was_given_up_is_waited_for(shared: Path, gate: Any) -> None:
+    ring = Ring([[shared]] * 2)
+    ring.rest()
+    held = gate("save_write", lambda passed: "rank-00001" in passed["path"])
+    ring.begin(1)
+    ring.savers[0].wait()
+    ring.generation = 2
+    ring.meet()
+    assert not any(saver.at_rest for saver in ring.savers), "on no rank, though rank 0 has nothing to do"
+    held.set()
+    ring.rest()
+    ring.save(2)
+    assert steps_in(shared) == [2]
 
 
 def test_one_that_joins_learns_how_far_the_others_are(shared: Path, tmp_path: Path) -> None:
