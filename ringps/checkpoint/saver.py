@@ -60,7 +60,6 @@ class _Lane:
             "error": error,
             "superseded": isinstance(result, _Superseded),
             "result": result if isinstance(result, dict) else {},
-            "failed": self.failed,
         }
 
     def start(self, task: Task, work: Callable[[Callable[[], None]], dict[str, Any]]) -> None:
@@ -137,13 +136,28 @@ class Saver:
         """Whether a save may begin; the same on all ranks."""
         return self._lanes[FAST].task is None and not busy[FAST]
 
-    def report(self) -> bytes:
-        """How far this rank is, for `absorb` on all ranks."""
-        said = {
+    def knows(self) -> dict[str, Any]:
+        """What is the same on all ranks since reports were last exchanged. One that joins must know it: those
+        who do may be gone before the next exchange."""
+        return {
             "run": self.run,
             "last": self.last,
             "attempted": self.attempted,
             "wanted": self._wanted,
+            "failed": [lane.failed for lane in self._lanes],
+        }
+
+    def learn(self, known: dict[str, Any]) -> None:
+        """What others know."""
+        self.run, self.last, self.attempted = known["run"], known["last"], known["attempted"]
+        self._wanted = known["wanted"]
+        for lane, failed in zip(self._lanes, known["failed"], strict=True):
+            lane.failed = failed
+
+    def report(self) -> bytes:
+        """How far this rank is, for `absorb` on all ranks."""
+        said = {
+            **self.knows(),
             "now": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lanes": [lane.said() for lane in self._lanes],
         }
@@ -164,7 +178,7 @@ class Saver:
         self._wanted = max(report["wanted"] for report in reports)
         happenings: list[Happening] = []
         for number, lane in enumerate(self._lanes):
-            lane.failed = max(report["lanes"][number]["failed"] for report in reports)
+            lane.failed = max(report["failed"][number] for report in reports)
             told = [report["lanes"][number] for report in reports]
             if superseded := [one["error"] for one in told if one["superseded"]]:
                 raise CheckpointError(superseded[0])

@@ -203,12 +203,14 @@ class Checkpointer:
             print(f"ringps: stopped after step {saver.last}, which is saved in {where}", file=sys.stderr)
         raise SystemExit(worker_env.SUSPENDED_CODE)
 
-    def between(self, marks: Sequence[int]) -> None:
+    def between(self, marks: Sequence[int], *, begin: bool = True) -> bool:
         ring, saver = current(), self._open()
         busy = [any(mark & _BUSY << lane for mark in marks) for lane in range(len(self._directories))]
         try:
             if saver.must_meet(busy, ring.generation.number):
                 self._meet(ring, ring.raw.gather_bytes)
+            if not begin:
+                return True
             if not self._due(saver, marks):
                 self._make_room(saver)
             elif saver.free(busy):
@@ -218,7 +220,14 @@ class Checkpointer:
         except (PeerLostError, RingChangedError):
             if not ring.elastic:
                 raise
-            # The next operation finds out what has become of the ring.
+            return False  # the next operation finds out what has become of the ring
+        return True
+
+    def knows(self) -> dict[str, Any]:
+        return self._open().knows()
+
+    def learn(self, known: dict[str, Any]) -> None:
+        self._open().learn(known)
 
     def finish(self) -> None:
         # With gradients that wait to be applied it would be saved without them.

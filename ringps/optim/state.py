@@ -63,8 +63,22 @@ class Keeper(Protocol):
             SystemExit: it is done.
         """
 
-    def between(self, marks: Sequence[int]) -> None:
-        """All ranks are between the same two steps, and nobody comes or goes."""
+    def between(self, marks: Sequence[int], *, begin: bool = True) -> bool:
+        """All ranks are between the same two steps.
+
+        Args:
+            marks: of all ranks.
+            begin: whether a save may begin; not where somebody is about to come.
+
+        Returns:
+            Whether this rank knows what all know now. If not, the ring is about to change.
+        """
+
+    def knows(self) -> dict[str, Any]:
+        """What one that joins must know: plain values, the same on all ranks after `between`."""
+
+    def learn(self, known: dict[str, Any]) -> None:
+        """As one that joins: what the others know."""
 
     def finish(self) -> None:
         """The last step has been applied, on all ranks."""
@@ -170,7 +184,7 @@ class TrainState:
         """`steps`, with somebody who takes part between two of them."""
         ring, admission = current(), current_admission()
         if isinstance(ring, ElasticCommunicator) and admission is not None:
-            self._begin(ring, admission)
+            self._begin(ring, admission, keeper)
         if keeper is not None:
             keeper.begin(loader)
         # The optimizer takes batches as they are trained, if it knows the sampler; else nobody would.
@@ -228,11 +242,11 @@ class TrainState:
             if signal.getsignal(signal.SIGTERM) is own:  # no later loop has taken over
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _begin(self, ring: ElasticCommunicator, admission: Admission) -> None:
+    def _begin(self, ring: ElasticCommunicator, admission: Admission, keeper: Keeper | None) -> None:
         if self._sampler is not None:
             self._sampler.redraws = True
         if ring.joining:
-            self._join(ring, admission)
+            self._join(ring, admission, keeper)
         admission.admit()
 
     def _keep(self, ring: Communicator, keeper: Keeper) -> None:
@@ -266,9 +280,10 @@ class TrainState:
             ring.reform(RingChangedError("members leave"))
             if ring.settle() and self._sampler is not None:
                 self._sampler.divide(ring.rank, ring.world_size)
-        elif change.joiners and self._offer(ring, admission, change):
-            ring.reform(RingChangedError("workers join"))
-            ring.settle()
+        elif change.joiners:
+            if self._offer(ring, admission, change, keeper):
+                ring.reform(RingChangedError("workers join"))
+                ring.settle()
         elif kept is not None:
             kept.between(change.marks)
 
@@ -278,15 +293,21 @@ class TrainState:
         print(f"ringps: {who} leaves after step {self._step}, as asked (SIGTERM)", file=sys.stderr)
         raise SystemExit(_LEFT_CODE)
 
-    def _offer(self, ring: ElasticCommunicator, admission: Admission, change: Change) -> bool:
+    def _offer(
+        self, ring: ElasticCommunicator, admission: Admission, change: Change, keeper: Keeper | None
+    ) -> bool:
         """Let joining workers fetch the state, which stays as it is until the next step has committed."""
+        if keeper is not None and not keeper.between(change.marks, begin=False):
+            return False
         try:
-            state = flatten(self.shared(ring.raw))
+            shared = self.shared(ring.raw)
         except (PeerLostError, RingChangedError):
             return False  # the next operation finds out what has become of the ring
         if probe.listener is not None:
             probe.reached("offer", step=self._step)
-        if not admission.offer(self._step, change.joiners, state):
+        if keeper is not None:
+            shared["member"]["keeper"] = keeper.knows()
+        if not admission.offer(self._step, change.joiners, flatten(shared)):
             return False
         self._optimizer.at_next_commit(admission.withdraw)
         return True
@@ -369,7 +390,7 @@ class TrainState:
 
     # As a joining worker.
 
-    def _join(self, ring: ElasticCommunicator, admission: Admission) -> None:
+    def _join(self, ring: ElasticCommunicator, admission: Admission, keeper: Keeper | None) -> None:
         """Become a member, and get the others' state while they are about their next step.
 
         In that step this rank has no samples. It votes when it has the state, and not before; so nobody
@@ -386,6 +407,8 @@ class TrainState:
         self._compare(state["member"])
         self._load(state, joining=True)
         self._optimizer.go_on(state["member"]["progress"])
+        if keeper is not None:
+            keeper.learn(state["member"]["keeper"])
         if probe.listener is not None:
             probe.reached("fed", step=self._step)
         ring.note(

@@ -304,6 +304,23 @@ def test_one_that_joins_learns_how_far_the_others_are(shared: Path, tmp_path: Pa
     assert steps_in(durable) == [10, 20]
 
 
+def test_one_that_joined_goes_on_alone_with_what_the_others_knew(shared: Path, tmp_path: Path) -> None:
+    durable = tmp_path / "durable"
+    begin(durable)
+    ring = Ring([[shared, durable]] * 2)
+    ring.save(10)
+    ring.save(20)
+    known = [saver.knows() for saver in ring.savers]
+    assert known[0] == known[1]
+    joined = Ring([[shared, durable]], run=0)
+    joined.savers[0].learn(known[0])  # and those it has it from are lost before reports are exchanged
+    joined.generation = 3
+    joined.rest()
+    assert (joined.savers[0].run, joined.savers[0].last) == (1, 20)
+    joined.save(30)
+    assert steps_in(shared) == steps_in(durable) == [10, 20, 30]
+
+
 def test_a_copy_is_begun_again_by_those_that_are_left(shared: Path, tmp_path: Path) -> None:
     durable = tmp_path / "durable"
     begin(durable)
