@@ -13,13 +13,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-Found = TypeVar("Found", set[str], set[threading.Thread], dict[int, str])
+Found = TypeVar("Found", bound=Sized)
 
 MARKER = "RINGPS_TEST_MARKER"
 """In the environment of every process that a test starts, directly or not."""
