@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-TransportName = Literal["auto", "shm", "tcp", "zmq"]
-TRANSPORTS: tuple[TransportName, ...] = ("auto", "shm", "tcp", "zmq")
+TransportName = Literal["auto", "shm", "tcp", "zmq", "nccl", "cuda_ipc"]
+TRANSPORTS: tuple[TransportName, ...] = ("auto", "shm", "tcp", "zmq", "nccl", "cuda_ipc")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -126,6 +126,10 @@ class Exchange:
     doubling_bytes: int = 64 * KIB
     """Largest tensor that is reduced by recursive doubling, in fewer but larger steps than on the ring."""
 
+    staging_bytes: int = 4 * MIB
+    """Size of the pinned buffers through which tensors on a GPU go where peers cannot reach its memory. There
+    are four for each direction; so many bytes at a time are on the wire."""
+
     def __post_init__(self) -> None:
         _check_positive(
             self, but=("sockets_per_link", "socket_buffer_bytes", "checked_bytes", "doubling_bytes")
@@ -148,7 +152,9 @@ class Config:
     """Settings of one worker; `ringps.init(config)` takes it."""
 
     transport: TransportName = "auto"
-    """"auto" picks the fastest that every member can use and says once which, and why."""
+    """"auto" picks the fastest that every member can use and says once which, and why. "nccl" and "cuda_ipc" are
+    about tensors on GPUs, and leave all else to "auto"; with "shm", "tcp" and "zmq" such tensors are staged
+    through the host's memory."""
 
     timeouts: Timeouts = field(default_factory=Timeouts)
     """Limits on waiting."""

@@ -16,6 +16,7 @@ from ringps import worker_env
 from ringps.collectives import Communicator, ElasticCommunicator, current, use
 from ringps.collectives.awaiting import AwaitingBackend, prospect
 from ringps.collectives.backend import Backend
+from ringps.collectives.device import DeviceBackend
 from ringps.collectives.ring_backend import RingBackend
 from ringps.config import Config
 from ringps.data import sampler
@@ -121,7 +122,8 @@ class ElasticBatchSampler(sampler.ElasticBatchSampler):
 def _alone(config: Config) -> _Ring:
     member = Member(worker_id=0, host=socket.gethostname(), address="", pid=os.getpid())
     view = Generation(number=1, members=(member,), rank=0)
-    backend = RingBackend(view, None, config.exchange, config.timeouts, None)
+    host = RingBackend(view, None, config.exchange, config.timeouts, None)
+    backend = DeviceBackend(host, view, config)
     return _Ring(Communicator(view, backend), None, backend, os.getpid())
 
 

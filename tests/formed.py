@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 
 from ringps.collectives import Communicator
 from ringps.collectives.backend import Backend
+from ringps.collectives.device import DeviceBackend
 from ringps.collectives.formation import Doors
 from ringps.config import Config
 from ringps.errors import PeerLostError
@@ -92,6 +93,12 @@ class FormedRing:
         for other, backend in enumerate(self.backends):
             if other != rank:
                 backend.fail(error)
+
+    def host_backend(self, rank: int) -> Backend:
+        """What carries a rank's collectives on tensors in the CPU's memory."""
+        backend = self.backends[rank]
+        assert isinstance(backend, DeviceBackend)
+        return backend.host
 
     def run(self, fn: Callable[[Communicator], T]) -> list[T]:
         """`fn(communicator)` of every rank at once."""

@@ -30,14 +30,14 @@ class FlatBucket:
         """
         Args:
             bucket: its plan; `bucket.slots` index `parameters` and `names`.
-            parameters: all parameters of the layout, on the CPU.
+            parameters: all parameters of the layout; the bucket's are on one device.
             names: for messages.
             ring: gives the input's memory, and reduces it.
         """
-        dtype = parameters[bucket.slots[0].parameter].dtype
+        first = parameters[bucket.slots[0].parameter]
         self._ring = ring
-        self._input = ring.empty(bucket.numel, dtype).zero_()
-        self._output = ring.empty(bucket.numel, dtype).zero_()
+        self._input = ring.empty_beside(first, bucket.numel, first.dtype).zero_()
+        self._output = ring.empty_beside(first, bucket.numel, first.dtype).zero_()
         self._input_flags = self._input[bucket.flags_start :]
         self._output_flags = self._output[bucket.flags_start :]
         self._names = [names[slot.parameter] for slot in bucket.slots]
@@ -49,6 +49,8 @@ class FlatBucket:
 
         self._loaded = [False] * len(self._views)
         self._present = [False] * len(self._views)
+        self._flags: list[bool] = []
+        """What the input's flags are."""
 
     @property
     def input_bytes(self) -> int:
@@ -61,21 +63,26 @@ class FlatBucket:
         Raises:
             ValueError: the gradient is sparse.
         """
-        parameter, view, _ = self._views[position]
-        gradient = parameter.grad
-        self._loaded[position] = True
-        self._present[position] = gradient is not None
+        _, view, _ = self._views[position]
+        gradient = self._take(position)
         if gradient is None:
             view.zero_()
-        elif gradient.layout is not torch.strided:
-            raise ValueError(
-                f'the gradient of "{self._names[position]}" is sparse, and ringps reduces dense '
-                "gradients only; construct its layer with sparse=False"
-            )
         elif weight is None:
             view.copy_(gradient)
         else:
             torch.mul(gradient, weight, out=view)
+
+    def _take(self, position: int) -> torch.Tensor | None:
+        """The gradient of a slot, which counts as loaded from here on."""
+        gradient = self._views[position][0].grad
+        self._loaded[position] = True
+        self._present[position] = gradient is not None
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise ValueError(
+                f'the gradient of "{self._names[position]}" is sparse, and ringps reduces dense '
+                "gradients only; construct its layer with sparse=False"
+            )
+        return gradient
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -87,6 +94,12 @@ class FlatBucket:
         """The flat tensor of reduced gradients and flags."""
         return self._output
 
+    @property
+    def output_flags(self) -> torch.Tensor:
+        """Of the parameters: whether any rank has a gradient; and of the ranks: whether any raised its
+        flag."""
+        return self._output_flags
+
     @torch.no_grad()
     def close(self, weight: float | None, rank_flag: bool) -> None:
         """Load what has not been loaded, and let go of the parameters' own gradients: the input is complete.
@@ -97,11 +110,18 @@ class FlatBucket:
         for position, loaded in enumerate(self._loaded):
             if not loaded:
                 self.load(position, weight)
-        self._input_flags.copy_(torch.tensor([*self._present, rank_flag]))
+        self._fill(weight)
+        flags = [*self._present, rank_flag]
+        if flags != self._flags:
+            self._input_flags.copy_(torch.tensor(flags))
+            self._flags = flags
         self.reset()
         for parameter, _, view in self._views:
             if parameter.grad is not None and parameter.grad is not view:
                 parameter.grad = view
+
+    def _fill(self, weight: float | None) -> None:
+        """All slots have been loaded."""
 
     def launch(
         self, op: str, label: str, then: Callable[[], object] | None, digest: Digest | None
@@ -121,18 +141,22 @@ class FlatBucket:
     def blank(self) -> None:
         """Let this rank contribute nothing."""
         self._input.zero_()
+        self._flags = []
 
     def reset(self) -> None:
         """A new pass: nothing has been loaded."""
         self._loaded = [False] * len(self._views)
 
-    def publish(self) -> bool:
+    def publish(self, flags: Sequence[float] | None = None) -> bool:
         """Let every `.grad` be the reduced one, or None if no rank has one.
+
+        Args:
+            flags: `output_flags`, if they have been fetched already.
 
         Returns:
             Whether any rank had raised its flag.
         """
-        *present, rank_flag = self._output_flags.tolist()
+        *present, rank_flag = self._output_flags.tolist() if flags is None else flags
         for flag, (parameter, _, view) in zip(present, self._views, strict=True):
             wanted = view if flag else None
             if parameter.grad is not wanted:

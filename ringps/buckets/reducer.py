@@ -7,11 +7,12 @@ for a rank that had none; so every rank has as many passes as any other.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +21,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from ringps.buckets.agreement import Entry, agree
+from ringps.buckets.device import DeviceBucket
 from ringps.buckets.flat import FlatBucket, is_dense
 from ringps.buckets.hooks import GradientHooks
-from ringps.buckets.layout import ParameterSpec, plan
+from ringps.buckets.layout import Bucket, ParameterSpec, plan
 from ringps.buckets.passes import CommitListener, Pass, SampleBook, Terms
 from ringps.buckets.ring import ReductionRing
 from ringps.buckets.tuning import CapTuner
+from ringps.device import accelerator_of
 from ringps.kernels.digest import combine, digest
 
 _log = logging.getLogger(__name__)
@@ -131,6 +134,10 @@ class Reducer:
         # The pass.
         self._synchronised = False
         self._exchanging = False
+        self._recording = False
+        """A backward is being captured in a graph, and computes nothing."""
+        self._captured: dict[int, torch.Tensor | None] = {}
+        """By parameter (its id): where replays of the graph leave its gradient."""
         self._seen: dict[int, None] = {}
         self._missing: list[int] = []
         """By bucket: gradients that have not arrived."""
@@ -205,6 +212,35 @@ class Reducer:
         if self._somebody_late:
             self._adopt()
 
+    @property
+    def replayed(self) -> bool:
+        """Whether a backward was captured, and none has run otherwise since the last step."""
+        return bool(self._captured) and self.backwards == 0 and not self._reduced
+
+    def reduce(self) -> None:
+        """Reduce the gradients that the replay of a captured backward has left.
+
+        Raises:
+            RuntimeError: no backward was captured.
+            RingpsError: what the collectives raise.
+        """
+        self._hooks.settle(strict=True)
+        self.refresh()
+        if not self._captured:
+            raise RuntimeError(
+                "reduce() is for gradients of a captured CUDA graph, and no backward was captured"
+            )
+        for parameter in self._parameters:
+            parameter.grad = self._captured.get(id(parameter))
+        self._count_backward()
+        if not self._exchanges:
+            self._window, self._reduced = 0, True
+            return
+        self._seen = dict.fromkeys(range(len(self._parameters)))
+        self._prepare()
+        self._begun_s = time.perf_counter()
+        self._finish()
+
     def next_evaluation(self) -> None:
         """The gradients at hand have been used; those of the next backward need a reduction anew."""
         self._reduced = self._late = self._somebody_late = False
@@ -235,7 +271,7 @@ class Reducer:
             total[0] /= total[1]  # the weights of those that are left
         total = total[:1]
         if isinstance(loss, torch.Tensor):
-            return total.to(loss.dtype).view(loss.shape)
+            return total.to(loss.device, loss.dtype).view(loss.shape)
         return float(total)
 
     @property
@@ -275,13 +311,12 @@ class Reducer:
 
     def begin(self) -> None:
         self.refresh()
-        self.backwards += 1
-        self._window += 1
-        if self._samples is not None:
-            weight = self._samples.next()
-            if self._window == 1 or self._weight is None:
-                self._weight = weight or 1.0  # a batch that only pads counts nothing, by its factor
-            self._factor = weight / self._weight
+        self._recording = self._capturing()
+        if self._recording:
+            self._synchronised = self._exchanging = False
+            self._factor = 1.0
+            return
+        self._count_backward()
         self._synchronised = not self.held and self._window >= self._settings.accumulate_steps
         self._exchanging = self._synchronised and self._exchanges
         self._seen = {}
@@ -290,6 +325,19 @@ class Reducer:
             self._begun_s = time.perf_counter()
         elif not self._synchronised:
             self._reduced = False
+
+    def _count_backward(self) -> None:
+        self.backwards += 1
+        self._window += 1
+        if self._samples is not None:
+            weight = self._samples.next()
+            if self._window == 1 or self._weight is None:
+                self._weight = weight or 1.0  # a batch that only pads counts nothing, by its factor
+            self._factor = weight / self._weight
+
+    def _capturing(self) -> bool:
+        device = accelerator_of(self._parameters[0]) if self._parameters else None
+        return device is not None and device.capturing()
 
     def factor(self) -> float:
         return self._factor
@@ -316,13 +364,19 @@ class Reducer:
         return len(self._seen) == len(self._parameters)
 
     def end(self) -> None:
-        if self._exchanging:
+        if self._recording:
+            self._recording = False
+            self._captured = {id(one): one.grad for one in self._parameters}
+        elif self._exchanging:
             self._exchanging = False
             self._finish()
         elif self._synchronised:
             self._window, self._reduced = 0, True
 
     def abandoned(self) -> None:
+        if self._recording:
+            self._recording = False
+            return
         self._exchanging = False
         self._window -= 1
         self.backwards -= 1
@@ -353,7 +407,7 @@ class Reducer:
 
     def _lay_out(self) -> None:
         specs = [
-            ParameterSpec(numel=one.numel(), dtype=str(one.dtype), itemsize_bytes=one.itemsize)
+            ParameterSpec(numel=one.numel(), dtype=_kind(one), itemsize_bytes=one.itemsize)
             for one in self._parameters
         ]
         # Until the order is known: models call their layers in about the order of construction.
@@ -362,12 +416,18 @@ class Reducer:
         self._buckets = None  # their memory may be needed for the new ones
         layout = plan(specs, order, cap_bytes=cap_bytes, first_cap_bytes=min(first, cap_bytes))
         names = [self._name(one) for one in self._parameters]
-        self._buckets = [FlatBucket(bucket, self._parameters, names, self._ring) for bucket in layout]
+        self._buckets = [self._bucket(bucket, names) for bucket in layout]
         self._bucket_sizes = [len(bucket.slots) for bucket in layout]
         self._bucket_of = [(0, 0)] * len(specs)
         for number, bucket in enumerate(layout):
             for position, slot in enumerate(bucket.slots):
                 self._bucket_of[slot.parameter] = number, position
+
+    def _bucket(self, bucket: Bucket, names: Sequence[str]) -> FlatBucket:
+        device = accelerator_of(self._parameters[bucket.slots[0].parameter])
+        if device is None:
+            return FlatBucket(bucket, self._parameters, names, self._ring)
+        return DeviceBucket(bucket, self._parameters, names, self._ring, device)
 
     def _arrived_again(self, index: int) -> None:
         if not self._exchanging:
@@ -407,8 +467,8 @@ class Reducer:
             self._close(this)
         begun_s = time.perf_counter()
         outcome = this.commit(int((begun_s - self._idle_since_s) * 1e6))
-        for bucket in self._buckets:
-            self._somebody_late |= bucket.publish()
+        for bucket, flags in zip(self._buckets, _fetched(self._buckets), strict=True):
+            self._somebody_late |= bucket.publish(flags)
         self._idle_since_s = time.perf_counter()
         self._wait_s += self._idle_since_s - begun_s
         self._pass = None
@@ -485,8 +545,10 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
     """
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(f'"{name}" has no shape yet; run the model once before you wrap its optimizer')
-    if parameter.device.type != "cpu":
-        raise ValueError(f'"{name}" is on {parameter.device}; this version of ringps trains on the CPU only')
+    try:
+        accelerator_of(parameter)
+    except ValueError as error:
+        raise ValueError(f'"{name}": {error}') from None
     if parameter.layout is not torch.strided:
         raise ValueError(f'"{name}" is sparse; ringps reduces dense parameters only')
     if parameter.dtype not in _REDUCIBLE:
@@ -500,11 +562,28 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
 
 
 def describe(name: str, tensor: torch.Tensor) -> Entry:
-    """Name, dtype, shape, memory order and trainability, for `agree`."""
+    """Name, dtype, shape, kind of device, memory order and trainability, for `agree`."""
     text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if accelerator_of(tensor) is not None:
+        text += " on a GPU"
     if not tensor.is_contiguous() and is_dense(tensor):
         text += f" with strides {list(tensor.stride())}"
     return name, text + (", trainable" if tensor.requires_grad else "")
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    """Parameters of one kind can be in one bucket."""
+    return f"{parameter.dtype}{'' if accelerator_of(parameter) is None else ' on a GPU'}"
+
+
+def _fetched(buckets: Sequence[FlatBucket]) -> Sequence[list[float] | None]:
+    """All buckets' flags, by one copy from a GPU instead of one for each; None where a bucket can tell."""
+    flags = [bucket.output_flags for bucket in buckets]
+    if not all(one.is_cuda for one in flags):
+        return [None] * len(flags)
+    everything: list[float] = torch.cat([one.to(torch.float32) for one in flags]).tolist()
+    ends = itertools.accumulate(len(one) for one in flags)
+    return [everything[end - len(one) : end] for end, one in zip(ends, flags, strict=True)]
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -70,8 +70,8 @@ class ReductionRing(Protocol):
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> object:
         """Copy rank `src`'s tensor to all ranks, in place."""
 
-    def empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Flat memory that the ring reduces from at its best."""
+    def empty_beside(self, near: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Flat memory that the ring reduces from at its best, on the device that `near` lies on."""
 
     def gather_bytes(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order."""

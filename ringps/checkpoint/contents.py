@@ -84,7 +84,7 @@ def compose(state: dict[str, Any], own: Any, rank: int, world_size: int) -> Comp
         ValueError: there is too much beside the tensors.
     """
     model = state[_MODEL]
-    weights = {name: _resolved(value) for name, value in model.items() if safetensors.suits(name, value)}
+    weights = {name: value for name, value in model.items() if safetensors.suits(name, value)}
     others = {name: value for name, value in model.items() if name not in weights}
     rest = {**state, _MODEL: {"names": list(model), "others": others}}
     packed = Packed(flatten(rest, devices=True))
@@ -124,7 +124,7 @@ def _file_of(weights: Mapping[str, torch.Tensor], part: Part) -> list[torch.Tens
     named = safetensors.order(
         safetensors.Named(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in inside
     )
-    return [as_tensor(safetensors.header(named)), *(weights[entry.name] for entry in named)]
+    return [as_tensor(safetensors.header(named)), *(_resolved(weights[entry.name]) for entry in named)]
 
 
 def _index(weights: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> bytes:

@@ -24,6 +24,7 @@ from ringps.checkpoint.background import Background
 from ringps.checkpoint.contents import Composed, Source
 from ringps.checkpoint.copying import copy
 from ringps.checkpoint.directory import Directory, Retention
+from ringps.checkpoint.host_copies import accelerator_among
 from ringps.checkpoint.lanes import Next, Said, Stage, Task, assign, decide
 from ringps.checkpoint.manifest import FileEntry, Manifest, entry_name
 from ringps.checkpoint.saving import Happening, Place, SaverStatistics, Saving
@@ -228,8 +229,8 @@ class Saver:
     def make_room(self, sources: Sequence[Source]) -> None:
         """Get the memory for a snapshot of these, in the background, before the first one is taken."""
         size_bytes = room_for(sources)
-        pinned = any(tensor.is_cuda for source in sources for tensor in source.tensors)
-        self._faulting.start(lambda check: self._arena.reserve(size_bytes, pinned=pinned))
+        accelerator = accelerator_among(tensor for source in sources for tensor in source.tensors)
+        self._faulting.start(lambda check: self._arena.reserve(size_bytes, accelerator))
 
     def begin(self, composed: Composed, step: int, place: Place, began_s: float) -> None:
         """Take a snapshot of this rank's files, and write it in the background. On all ranks alike.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import memmove
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from ringps.checkpoint.contents import Source
-from ringps.checkpoint.packed import flat
+from ringps.checkpoint.host_copies import accelerator_among, start_copying
 from ringps.checkpoint.pieces import allocate
+from ringps.device import Accelerator, accelerator_of
 
 _PAGE_BYTES = 4096
 _SMALL_BYTES = 64 * 1024
@@ -41,6 +43,8 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], object] | None = None
+        """What the device that the memory is pinned for must be told before it is given back."""
         self._images: list[Image] = []
         self._lock = threading.Lock()
 
@@ -54,17 +58,17 @@ class Arena:
         """Bytes of memory that it holds."""
         return self._memory.numel()
 
-    def reserve(self, size_bytes: int, *, pinned: bool = False) -> None:
+    def reserve(self, size_bytes: int, accelerator: Accelerator | None = None) -> None:
         """Make room for a snapshot of this many bytes, so that taking it does not have to.
 
         May run in another thread; whoever takes a snapshot meanwhile waits for it.
 
         Args:
             size_bytes: of `room_for` the sources.
-            pinned: in memory that a GPU can write to by itself.
+            accelerator: pinned for this device, so that it can write there by itself.
         """
         with self._lock:
-            self._grow(size_bytes, pinned)
+            self._grow(size_bytes, accelerator)
 
     def release(self) -> None:
         """The images have been written, or are given up, and nobody works on them any more: the next snapshot
@@ -74,11 +78,17 @@ class Arena:
                 image.memory.release()
             self._images = []
 
-    def _grow(self, size_bytes: int, pinned: bool) -> torch.Tensor:
-        if self._memory.numel() < size_bytes or (pinned and not self._memory.is_pinned()):
+    def _grow(self, size_bytes: int, accelerator: Accelerator | None) -> torch.Tensor:
+        if self._memory.numel() < size_bytes:
             assert not self._images, "the arena holds a snapshot that has not been released"
+            if self._unpin is not None:
+                self._unpin()
+                self._unpin = None
             self._memory = torch.empty(0, dtype=torch.uint8)  # not both at once
-            self._memory = _pinned(size_bytes) if pinned else _touched(size_bytes)
+            self._memory = _touched(size_bytes)
+        if accelerator is not None and self._unpin is None and self._memory.numel():
+            # torch's own pinned memory is as long as the next power of two, and never goes back.
+            self._unpin = weakref.finalize(self, accelerator.pin(self._memory))
         return self._memory
 
 
@@ -92,37 +102,45 @@ def take(arena: Arena, sources: Sequence[Source]) -> list[Image]:
 
     Args:
         arena: not in use. The images lie in it, until it is released.
-        sources: their tensors may lie on GPUs. What those have been given to do before, on the streams that
-            are current here, is done when this returns.
+        sources: their tensors may lie on a GPU. What this thread has given it to do before is done first;
+            and the copies are there when this returns, so that all may be changed then. Nothing waits for
+            what others have given it to do.
+
+    Raises:
+        ValueError: one lies on a device that ringps does not know, or on another GPU than this process uses.
     """
     with arena._lock:
         assert not arena._images, "the arena holds a snapshot that has not been released"
         sizes = [source.size_bytes for source in sources]
-        gpus = {tensor.device for source in sources for tensor in source.tensors if tensor.is_cuda}
-        memory = arena._grow(sum(map(_aligned, sizes)), bool(gpus))
+        accelerator = accelerator_among(tensor for source in sources for tensor in source.tensors)
+        memory = arena._grow(sum(map(_aligned, sizes)), accelerator)
         images, at = [], 0
         waiting: deque[_Job] = deque()
+        away: list[tuple[torch.Tensor, torch.Tensor]] = []
         for source, size_bytes in zip(sources, sizes, strict=True):
             room = memory[at : at + size_bytes]
-            waiting += _copy(room, source.tensors)
+            waiting += _copy(room, source.tensors, away)
             images.append(Image(source.name, source.kind, room.numpy().data))
             at += _aligned(size_bytes)
+        copied = None if accelerator is None else start_copying(accelerator, away)
         _do(waiting)
-        for gpu in gpus:
-            torch.cuda.current_stream(gpu).synchronize()
+        if copied is not None:
+            copied.wait()
         arena._images = images
         return list(images)
 
 
-def _copy(room: torch.Tensor, tensors: list[torch.Tensor]) -> list[_Job]:
-    """Copy small tensors, have GPUs copy theirs, and give back what is left to do."""
+def _copy(
+    room: torch.Tensor, tensors: list[torch.Tensor], away: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[_Job]:
+    """Copy small tensors, add to `away` those on a GPU and their places, and give back what is left to do."""
     left = []
     begin, at = room.data_ptr(), 0
     for tensor in tensors:
         size_bytes = tensor.nbytes
         assert at + size_bytes <= room.numel() and tensor.is_contiguous()
-        if not tensor.is_cpu:
-            room[at : at + size_bytes].copy_(flat(tensor), non_blocking=tensor.is_cuda)
+        if accelerator_of(tensor) is not None:
+            away.append((room[at : at + size_bytes], tensor))
         elif size_bytes <= _SMALL_BYTES:
             memmove(begin + at, tensor.data_ptr(), size_bytes)
         else:
@@ -164,7 +182,3 @@ def _touched(size_bytes: int) -> torch.Tensor:
     memory = memory[skip : skip + size_bytes]
     memory.numpy()[::_PAGE_BYTES] = 0
     return memory
-
-
-def _pinned(size_bytes: int) -> torch.Tensor:
-    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)

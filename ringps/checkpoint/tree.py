@@ -7,7 +7,8 @@ order of the list.
 What comes back has the same types and the same bits, with these exceptions: a parameter comes back as a
 tensor, a `defaultdict` as a dict, a tensor whose elements overlap or leave gaps in memory comes back
 contiguous (others, such as channels-last ones, keep their order in memory), a numpy array in C order, and
-what was the same object in two places is two.
+what was the same object in two places is two. Tensors come back in the CPU's memory, whatever device they
+were on, and a device without its number: which GPU it is differs from worker to worker.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class _Writer:
         return [_SIZE, *value]
 
     def write_device(self, value: torch.device, depth: int) -> list[Any]:
-        return [_DEVICE, str(value)]
+        return [_DEVICE, value.type]
 
 
 def _order_in_memory(tensor: torch.Tensor) -> list[int]:

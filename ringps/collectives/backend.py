@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ringps.collectives.call import Call
+from ringps.collectives.gate import Gate
 from ringps.collectives.handle import Handle
+from ringps.device import Accelerator
 from ringps.errors import RingpsError
 from ringps.kernels.cpu import ReduceOp
 from ringps.kernels.digest import Digest
@@ -20,7 +22,7 @@ REDUCTIONS = ("all_reduce", "reduce_scatter")
 
 
 class Work(NamedTuple):
-    """One collective on this rank. Tensors are flat, contiguous and on the CPU."""
+    """One collective on this rank. Tensors are flat and contiguous, on the CPU or all on `device`."""
 
     kind: str
     """`all_reduce`, `reduce_scatter`, `all_gather`, `broadcast` or `barrier`."""
@@ -51,6 +53,21 @@ class Work(NamedTuple):
     digest: Digest | None = None
     """Where the output's parts go while they are in cache, in an order that is the same on all ranks. A
     backend that would have to read them again leaves it alone."""
+
+    device: Accelerator | None = None
+    """What the tensors lie on; None: in the CPU's memory."""
+
+    back: Callable[[], object] | None = None
+    """With a device: put into its stream behind the result, before `finish`; brings it to the user's
+    tensor."""
+
+    gate: Gate | None = None
+    """The source is not to be read before this is open."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may begin, as far as this rank is concerned."""
+        return self.gate is None or self.gate.is_open
 
 
 def call_of(work: Work, chunk_numel: int = 0, *, doubles: bool = False) -> Call:

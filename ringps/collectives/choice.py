@@ -44,8 +44,9 @@ def choose(asked: Sequence[TransportName], hosts: Sequence[Sequence[int]]) -> Ch
         return Choice("shm", "as asked")
     if wish in ("tcp", "zmq"):
         return Choice(wish, "as asked")
+    why = f"{wish} for tensors on GPUs, and else auto" if wish != "auto" else "auto"
     if len(hosts) == 1:
-        return Choice("shm", "auto: all workers are on one host")
+        return Choice("shm", f"{why}: all workers are on one host")
     if any(len(ranks) > 1 for ranks in hosts):
-        return Choice("hierarchical", "auto: shared memory inside the hosts, TCP between them")
-    return Choice("tcp", "auto: every worker is on a host of its own")
+        return Choice("hierarchical", f"{why}: shared memory inside the hosts, TCP between them")
+    return Choice("tcp", f"{why}: every worker is on a host of its own")

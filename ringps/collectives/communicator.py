@@ -11,9 +11,11 @@ import torch
 
 from ringps.collectives.backend import Backend, EngineStatistics, Work
 from ringps.collectives.handle import Handle
+from ringps.device import Accelerator, accelerator_of
 from ringps.kernels.cpu import ReduceOp, check_reducible
 from ringps.kernels.digest import Digest
 from ringps.ring.commit import Ballot, Vote
+from ringps.ring.lanes import hosts
 from ringps.ring.topology import Generation
 
 
@@ -31,9 +33,13 @@ class Communicator:
     """Collectives among the members of a generation.
 
     All ranks must call the same collectives, with the same shapes, dtypes and options, in the same
-    order; ranks that do not get `CollectiveMismatchError`. Tensors are on the CPU, of any strides;
-    a contiguous tensor takes part without a copy. Calls may come from any thread, but then it is
-    up to the caller that the order is the same on every rank.
+    order; ranks that do not get `CollectiveMismatchError`. Tensors are on the CPU or on this worker's GPU,
+    on all ranks alike, of any strides; a contiguous tensor takes part without a copy. Calls may come from
+    any thread, but then it is up to the caller that the order is the same on every rank.
+
+    A collective on a GPU begins when the calling thread's stream has got to where it was called, and has its
+    result, for all streams, when the call or `Handle.wait` returns. NCCL sums float16 and bfloat16 in their
+    own precision, and multiplies by 1 / world_size before it adds up a mean.
 
     With `async_op=True` a call returns a `Handle` at once and its tensors belong to the collective
     until `Handle.wait` returns; otherwise it returns None when the result is there. All raise what
@@ -135,9 +141,12 @@ class Communicator:
         Raises:
             ValueError: dtype, device or op that cannot be reduced.
         """
+        device = _device_of(tensor)
         flat, back = _flatten_in_place(tensor)
         checked = check_reducible(tensor.dtype, op)
-        return self._carry_out(_work("all_reduce", tensor, flat, flat, back, op=checked), async_op)
+        return self._carry_out(
+            _work("all_reduce", tensor, flat, flat, back, op=checked, device=device), async_op
+        )
 
     def all_reduce_into(
         self,
@@ -162,7 +171,7 @@ class Communicator:
         Raises:
             ValueError: tensors that differ or are not contiguous, or as `all_reduce`.
         """
-        _check(input, output)
+        device = _device_of(input, output)
         if output.shape != input.shape or output.dtype != input.dtype:
             raise ValueError(
                 f"output {output.dtype}{list(output.shape)} and input "
@@ -172,8 +181,8 @@ class Communicator:
             raise ValueError("all_reduce_into needs contiguous tensors")
         source, target = input.detach().view(-1), output.detach().view(-1)
         checked = check_reducible(input.dtype, op)
-        work = _work("all_reduce", input, source, target, then, op=checked, label=label)
-        return self._backend.start(work._replace(digest=digest))
+        work = _work("all_reduce", input, source, target, None, op=checked, label=label, device=device)
+        return self._backend.start(work._replace(finish=then, digest=digest))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
@@ -189,7 +198,7 @@ class Communicator:
         Raises:
             ValueError: sizes or dtypes that do not fit, or as `all_reduce`.
         """
-        _check(input, output)
+        device = _device_of(input, output)
         checked = check_reducible(input.dtype, op)
         if input.numel() != output.numel() * self.world_size or input.dtype != output.dtype:
             raise ValueError(
@@ -199,7 +208,8 @@ class Communicator:
             )
         source = input.detach().reshape(-1)
         target, back = _flatten_in_place(output)
-        return self._carry_out(_work("reduce_scatter", input, source, target, back, op=checked), async_op)
+        work = _work("reduce_scatter", input, source, target, back, op=checked, device=device)
+        return self._carry_out(work, async_op)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False) -> Handle | None:
         """Concatenate every rank's `input`, in rank order, at every rank.
@@ -212,7 +222,7 @@ class Communicator:
         Raises:
             ValueError: sizes, dtypes or devices that do not fit.
         """
-        _check(input, output)
+        device = _device_of(input, output)
         if output.numel() != input.numel() * self.world_size or input.dtype != output.dtype:
             raise ValueError(
                 f"all_gather among {self.world_size} ranks needs an output of {self.world_size} times "
@@ -221,7 +231,7 @@ class Communicator:
             )
         source = input.detach().reshape(-1).view(torch.uint8)
         target, back = _flatten_in_place(output)
-        work = _work("all_gather", input, source, target.view(torch.uint8), back)
+        work = _work("all_gather", input, source, target.view(torch.uint8), back, device=device)
         return self._carry_out(work, async_op)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Handle | None:
@@ -233,21 +243,27 @@ class Communicator:
             async_op: return a handle instead of waiting.
 
         Raises:
-            ValueError: `src` is not a rank, or the tensor is not on the CPU.
+            ValueError: `src` is not a rank, or the tensor is on another device.
         """
         if not 0 <= src < self.world_size:
             raise ValueError(f"src must be a rank, 0 to {self.world_size - 1}, not {src}")
+        device = _device_of(tensor)
         flat, back = _flatten_in_place(tensor)
         raw = flat.view(torch.uint8)
-        return self._carry_out(_work("broadcast", tensor, raw, raw, back, src=src), async_op)
+        return self._carry_out(_work("broadcast", tensor, raw, raw, back, src=src, device=device), async_op)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
         empty = torch.empty(0, dtype=torch.uint8)
         self._backend.run(_work("barrier", empty, empty, empty, None))
 
-    def empty(self, size: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An uninitialised CPU tensor that peers on this host reduce from without a copy.
+    def empty(
+        self,
+        size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """An uninitialised tensor that peers on this host reduce from without a copy.
 
         Where ranks share no memory it is an ordinary tensor. A process that this one forks shares the
         memory: what it writes to the tensor is seen here.
@@ -255,13 +271,30 @@ class Communicator:
         Args:
             size: its shape, or the number of elements.
             dtype: torch's default dtype if None.
+            device: this worker's GPU, or the CPU if None.
 
         Raises:
             MemoryError: there is no room for it; says what to do.
+            ValueError: a device that ringps cannot exchange data with.
         """
+        near = torch.empty(1, device=device or "cpu")
+        return self.empty_beside(near, size, dtype)
+
+    def empty_beside(
+        self, near: torch.Tensor, size: int | Sequence[int], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """As `empty`, on the device that `near`, which is not empty, lies on."""
         shape = (size,) if isinstance(size, int) else tuple(size)
         dtype = dtype or torch.get_default_dtype()
-        return self._backend.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        size_bytes = math.prod(shape) * dtype.itemsize
+        device = accelerator_of(near)
+        if device is None:
+            memory = self._backend.allocate(size_bytes)
+        elif device.peer_memory is not None and len(hosts(self._generation)) == 1:
+            memory = device.peer_memory.allocate(size_bytes)
+        else:
+            memory = torch.empty(size_bytes, dtype=torch.uint8, device=near.device)
+        return memory.view(dtype).view(shape)
 
     def gather_bytes(self, payload: bytes) -> list[bytes]:
         """Every rank's byte string (any length), in rank order, at every rank."""
@@ -304,6 +337,7 @@ def _work(
     op: ReduceOp = "sum",
     src: int = 0,
     label: str = "",
+    device: Accelerator | None = None,
 ) -> Work:
     """A collective on `tensor`, on flat memory; `back` brings its result to the user's."""
     return Work(
@@ -315,7 +349,9 @@ def _work(
         label=label,
         shape=tensor.shape,
         dtype=_name(tensor.dtype),
-        finish=back,
+        finish=back if device is None else None,
+        device=device,
+        back=None if device is None else back,
     )
 
 
@@ -324,17 +360,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            raise ValueError(f"this version handles tensors on the CPU; this one is on {tensor.device}")
+def _device_of(first: torch.Tensor, *others: torch.Tensor) -> Accelerator | None:
+    """What the tensors of a collective lie on."""
+    for tensor in (first, *others):
         if tensor.layout is not torch.strided:
             raise ValueError(f"this version handles dense tensors, not {tensor.layout}")
+    device = accelerator_of(first)
+    for tensor in others:
+        if accelerator_of(tensor) is not device:
+            raise ValueError(
+                f"input and output must be on one device; they are on {first.device} and {tensor.device}"
+            )
+    return device
 
 
 def _flatten_in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object] | None]:
     """The tensor's elements as a flat contiguous tensor, and what brings changes of it back."""
-    _check(tensor)
     tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor.view(-1), None

@@ -195,6 +195,8 @@ class Engine:
         sequence = self._docket.open(operation.call, operation.machine.missing)
         self._waiting[sequence] = operation
         self._submitted.append((sequence, operation))
+        if operation.gate is not None and not operation.gate.is_open:
+            operation.gate.on_open(self._transport.wake)
 
     def _notify(self, notice: Callable[[], None]) -> None:
         """Have `notice` called by whoever drives; that is this thread if nobody does."""
@@ -276,7 +278,7 @@ class Engine:
             self._docket.ask(self._contested.header.sequence, other=self._contested.peer)
             return
         unsettled = self._complete()
-        if progress or not self._running:
+        if progress or not (self._running or self._gated()):
             return
         if unsettled is None:
             self._sleep(_IDLE_S)
@@ -284,12 +286,20 @@ class Engine:
             unsettled.wait(_SETTLE_S)
             self._sleep(0.0 if unsettled.done else _SETTLE_S)
 
+    def _gated(self) -> bool:
+        """Whether this rank is not ready for what comes next."""
+        gate = self._submitted[0][1].gate if self._submitted else None
+        return gate is not None and not gate.is_open
+
     def _read_notices(self) -> None:
         while self._notices and self._error is None:
             self._notices.popleft()()
 
     def _start_operations(self) -> None:
         while self._submitted:
+            gate = self._submitted[0][1].gate
+            if gate is not None and not gate.is_open:
+                return
             if self._running:
                 newest = self._running[self._newest_started]
                 if not newest.machine.sends_given:
@@ -441,6 +451,8 @@ class Engine:
             if left_s <= 0:
                 self._break(error)
             return max(0.0, left_s)
+        if not self._running:
+            return _IDLE_S
         current = next(iter(self._running))
         left_s, overdue = self._docket.patience_s(current, self._last_progress_s)
         if overdue is not None:

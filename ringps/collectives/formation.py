@@ -13,6 +13,7 @@ import torch
 
 from ringps.collectives.backend import Backend
 from ringps.collectives.choice import Choice, choose
+from ringps.collectives.device import DeviceBackend
 from ringps.collectives.disputes import EXPLANATION_S, Docket, Referee
 from ringps.collectives.hierarchical import Hierarchical
 from ringps.collectives.ring_backend import RingBackend
@@ -111,7 +112,7 @@ class Doors:
         self._limit_s = timeouts.reform_timeout_s if elastic else timeouts.connect_timeout_s
         self._asked: TransportName = config.transport
         self._check: Callable[[], None] = lambda: None
-        self._local = LocalListener(token, env.worker_id) if self._asked in ("auto", "shm") else None
+        self._local = None if self._asked in ("tcp", "zmq") else LocalListener(token, env.worker_id)
         self._tcp: TcpListener | ZmqTcpListener | None = None
         try:
             if encrypt or self._asked == "zmq":
@@ -210,14 +211,15 @@ class Doors:
         config = self._config
         if choice.way == "alone":
             self.close()
-            return RingBackend(
+            alone = RingBackend(
                 view, None, config.exchange, config.timeouts, None, allocate=self._area.allocate_if_there
             )
+            return DeviceBackend(alone, view, config)
         docket = Docket(view, config.timeouts, referee, explanation_s=self._explanation_s)
         if choice.way == "shm":
             executor = SharedMemory(self._meet(view))
             self.close()
-            return SerialBackend(view, executor, docket)
+            return DeviceBackend(SerialBackend(view, executor, docket), view, config, executor)
         if choice.way == "hierarchical":
             group = self._meet(view)
             try:
@@ -226,10 +228,10 @@ class Doors:
                 group.close()
                 raise
             self.close()
-            return SerialBackend(view, between, docket)
+            return DeviceBackend(SerialBackend(view, between, docket), view, config)
         backend = self._over_tcp(view, referee)
         self.close()
-        return backend
+        return DeviceBackend(backend, view, config)
 
     def _over_tcp(self, view: Generation, referee: Referee | None) -> Backend:
         assert self._tcp is not None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ringps.collectives.call import Call
+from ringps.collectives.gate import Gate
 from ringps.collectives.handle import Handle
 from ringps.errors import FrameError
 from ringps.kernels.cpu import ReduceOp
@@ -76,6 +77,8 @@ class RingOperation:
         rank: int,
         world_size: int,
         finish: Callable[[], object] | None = None,
+        begin: Callable[[], object] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """
         Args:
@@ -88,8 +91,11 @@ class RingOperation:
             rank: this rank.
             world_size: divisor of a mean.
             finish: called once when the output is complete, on the thread that completed it.
+            begin: called once before anything is read.
+            gate: it begins when this is open.
         """
         self.call = call
+        self.gate = gate
         self.machine = machine
         self.handle = Handle(str(call))
         self.unsent = 0
@@ -106,12 +112,15 @@ class RingOperation:
         self._output_bytes = self._source_bytes if output is source else as_bytes(output)
         self._rank = rank
         self._world_size = world_size
+        self._begin = begin
         self._finish = finish
         self._arriving: dict[tuple[int, int], _Arriving] = {}
         self._combined: dict[int, Block] = {}
 
     def first_sends(self) -> Iterator[Outgoing]:
         """What this rank sends before it has received anything."""
+        if self._begin is not None:
+            self._begin()
         for send in self.machine.start():
             payload = self._source_bytes[send.start * self._itemsize : send.stop * self._itemsize]
             if self.machine.accumulates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -146,9 +147,10 @@ class RingBackend:
         reduces = work.kind in REDUCTIONS
         doubles = self._doubles(work)
         plan, slices = self._plan(work, doubles)
+        begin = None
         if work.kind == "all_gather":
-            own = slices[self._rank]
-            work.output[own.start : own.stop].copy_(work.source)
+            own = work.output[slice(*slices[self._rank])]
+            begin = partial(own.copy_, work.source)
         widest = accumulation_dtype(work.source.dtype, work.op) if reduces else work.output.dtype
         piece = chunk_numel(slices, widest.itemsize, self._exchange.chunk_bytes)
         return RingOperation(
@@ -161,6 +163,8 @@ class RingBackend:
             rank=self._rank,
             world_size=self._world_size,
             finish=work.finish,
+            begin=begin,
+            gate=work.gate,
         )
 
     def _doubles(self, work: Work) -> bool:

@@ -98,7 +98,7 @@ class SerialBackend:
         with self._changed:
             self._check()
             sequence = self._docket.open(call)
-            if self._busy or self._queue:
+            if self._busy or self._queue or not work.ready:
                 handle = self._enqueue(sequence, call, work)
             else:
                 self._busy, handle = True, None
@@ -190,11 +190,19 @@ class SerialBackend:
     def _enqueue(self, sequence: int, call: Call, work: Work) -> Handle:
         handle = Handle(str(call))
         self._queue.append(_Queued(sequence, call, work, handle))
+        if not work.ready:
+            assert work.gate is not None
+            # On another thread, or here: the lock is one that may be taken twice.
+            work.gate.on_open(self._look)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work_off, name="ringps-comm", daemon=True)
             self._thread.start()
         self._changed.notify_all()
         return handle
+
+    def _look(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _abandon_queue(self) -> None:
         while self._queue:
@@ -209,10 +217,14 @@ class SerialBackend:
                 self._abandon_queue()
             self._changed.notify_all()
 
+    def _may_begin(self) -> bool:
+        """Whether the next in the queue can be carried out now; with the lock held."""
+        return bool(self._queue) and not self._busy and self._queue[0].work.ready
+
     def _work_off(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._released or (self._queue and not self._busy))
+                self._changed.wait_for(lambda: self._released or self._may_begin())
                 if self._released:
                     return
                 job = self._queue.popleft()

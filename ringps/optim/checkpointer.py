@@ -51,8 +51,8 @@ class Checkpointer:
     done anew.
 
     *The same number of ranks* goes on with the same bits, of random numbers too: Python's, NumPy's and
-    torch's global generators and the loader's own are each rank's own, and saved. With another number of
-    ranks the samples are the same.
+    torch's global generators, also that of its GPU, and the loader's own are each rank's own, and saved. With
+    another number of ranks the samples are the same.
 
     *SIGTERM* to all workers, as `ringps run` sends it when it gets one, ends the job after the step that is
     under way, or soon after: all ranks save that step, and exit with code 75. The same command then goes on.
@@ -360,6 +360,8 @@ class Checkpointer:
             return 0
         manifest = restored.manifest
         self._state.go_on(restored.contents.state, restored.where)
+        # What was loaded on to a GPU need not stay in the CPU's memory until training begins.
+        self._restored = restored._replace(contents=restored.contents._replace(state={}))
         self._random_pending = True
         if first:
             print(

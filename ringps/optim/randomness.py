@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 _SEED_BYTES = 8
 
 
-def capture(loader: object = None) -> dict[str, Any]:
+def capture(loader: object = None, tensors: Iterable[torch.Tensor] = ()) -> dict[str, Any]:
     """The states of Python's, NumPy's, torch's and CUDA's global generators, and of a loader's own.
 
     Args:
         loader: a `DataLoader`, perhaps with a `generator`.
+        tensors: of the model. CUDA's generators are those of the GPUs that they are on, and of the current
+            one if this process uses CUDA at all.
 
     Returns:
         Plain values and tensors, in memory of their own.
@@ -29,23 +31,26 @@ def capture(loader: object = None) -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        found["cuda"] = torch.cuda.get_rng_state_all()
+    if gpus := _gpus(tensors):
+        found["cuda"] = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
     generator = _generator_of(loader)
     if generator is not None:
         found["loader"] = generator.get_state()
     return found
 
 
-def restore(captured: dict[str, Any], loader: object = None) -> None:
-    """Go on from what `capture` gave, on the same number of GPUs or fewer."""
+def restore(captured: dict[str, Any], loader: object = None, tensors: Iterable[torch.Tensor] = ()) -> None:
+    """Go on from what `capture` gave for a loader and model like these.
+
+    The worker's GPU may have another number than it had, and the machine more or fewer of them. The generator
+    of a GPU that was not captured stays as it is.
+    """
     version, words, gauss = captured["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     np.random.set_state(captured["numpy"])
     torch.set_rng_state(captured["torch"].clone())
-    if "cuda" in captured and torch.cuda.is_available():
-        for device, state in enumerate(captured["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.clone(), device)
+    for gpu, state in zip(_gpus(tensors), captured.get("cuda", ()), strict=False):
+        torch.cuda.set_rng_state(state.clone(), gpu)
     generator = _generator_of(loader)
     if generator is not None and "loader" in captured:
         generator.set_state(captured["loader"].clone())
@@ -77,6 +82,15 @@ def for_iterator(loader: object, step: int, rank: int) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _gpus(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """Those of the model first, in its order: by their places in this list the same ones find each other on
+    another machine. Does not start CUDA."""
+    found = [tensor.device for tensor in tensors if tensor.is_cuda]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found.append(torch.device("cuda", torch.cuda.current_device()))
+    return list(dict.fromkeys(found))
 
 
 def _generator_of(loader: object) -> torch.Generator | None:

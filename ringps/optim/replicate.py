@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ringps.buckets import Entry, ReductionRing, describe
+from ringps.device import accelerator_of
 
 _PACK_BYTES = 8 * 1024 * 1024
+_ALIGNMENT_BYTES = 64
+"""Where a tensor begins in a pack: a view of any dtype needs its alignment."""
 
 
 def describe_optimizer(
@@ -27,7 +30,7 @@ def describe_optimizer(
 
 
 def describe_model(tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[Entry]:
-    """Each parameter and buffer, for `agree`."""
+    """Each parameter and buffer, for `agree`. Of its device counts whether it is a GPU, not which one."""
     for name, tensor in tensors:
         yield describe(name, tensor)
 
@@ -38,32 +41,46 @@ def replicate(ring: ReductionRing, tensors: Sequence[torch.Tensor], src: int = 0
 
     Args:
         ring: all ranks call with the same dtypes and shapes.
-        tensors: of any dtype and strides, on the CPU. Small ones travel together.
+        tensors: of any dtype and strides, on the CPU or this worker's GPU; which of the two, alike on all
+            ranks. Small ones on the same travel together.
         src: whose values all get.
+
+    Raises:
+        ValueError: a tensor is on another device.
+        RingpsError: what collectives raise.
     """
     if ring.world_size == 1:
         return
-    pack: list[torch.Tensor] = []
+    packs: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for tensor in tensors:
+        pack = packs[accelerator_of(tensor) is not None]
         if tensor.nbytes >= _PACK_BYTES:
             ring.broadcast(_distinct(tensor.detach()), src)
             continue
-        if sum(one.nbytes for one in pack) + tensor.nbytes > _PACK_BYTES:
+        if sum(_aligned(one.nbytes) for one in pack) + tensor.nbytes > _PACK_BYTES:
             _replicate_pack(ring, pack, src)
-            pack = []
+            pack.clear()
         pack.append(_distinct(tensor.detach()))
-    _replicate_pack(ring, pack, src)
+    for pack in packs.values():
+        _replicate_pack(ring, pack, src)
 
 
 def _replicate_pack(ring: ReductionRing, pack: Sequence[torch.Tensor], src: int) -> None:
     if not pack:
         return
-    flat = torch.cat([one.contiguous().view(-1).view(torch.uint8) for one in pack])
+    flat = torch.zeros(sum(_aligned(one.nbytes) for one in pack), dtype=torch.uint8, device=pack[0].device)
+    parts, begin = [], 0
+    for one in pack:
+        parts.append(flat[begin : begin + one.nbytes].view(one.dtype).view(one.shape))
+        parts[-1].copy_(one)
+        begin += _aligned(one.nbytes)
     ring.broadcast(flat, src)
-    parts = torch.split(flat, [one.nbytes for one in pack])
     for one, part in zip(pack, parts, strict=True):
-        # A part may start anywhere, and a view of another dtype needs its alignment.
-        one.copy_(part.clone().view(one.dtype).view(one.shape))
+        one.copy_(part)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _distinct(tensor: torch.Tensor) -> torch.Tensor:

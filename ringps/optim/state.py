@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ringps import probe
+from ringps.checkpoint.host_copies import host_copies
 from ringps.checkpoint.tree import flatten, unflatten
 from ringps.collectives import Change, Communicator, ElasticCommunicator, current
 from ringps.data import ElasticBatchSampler
@@ -20,6 +21,7 @@ from ringps.errors import CheckpointError, LayoutMismatchError, PeerLostError, R
 from ringps.membership import JobOver
 from ringps.optim import randomness
 from ringps.optim.admission import Admission, current_admission
+from ringps.optim.placement import placed_like
 from ringps.optim.replicate import replicate
 from ringps.optim.wrapper import DistributedOptimizer
 
@@ -307,7 +309,10 @@ class TrainState:
             probe.reached("offer", step=self._step)
         if keeper is not None:
             shared["member"]["keeper"] = keeper.knows()
-        if not admission.offer(self._step, change.joiners, flatten(shared)):
+        offered = flatten(shared, devices=True)
+        # The thread that serves it reads the CPU's memory only; what lies there is served as it is.
+        offered = offered._replace(tensors=host_copies(offered.tensors))
+        if not admission.offer(self._step, change.joiners, offered):
             return False
         self._optimizer.at_next_commit(admission.withdraw)
         return True
@@ -331,7 +336,7 @@ class TrainState:
 
     def own(self, loader: object) -> dict[str, Any]:
         """What is this rank's alone: its random number generators, and its model's buffers."""
-        return {"random": randomness.capture(loader), "buffers": self._buffers()}
+        return {"random": randomness.capture(loader, self._model.parameters()), "buffers": self._buffers()}
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         buffers = dict(self._model.named_buffers())
@@ -381,7 +386,7 @@ class TrainState:
             for name, buffer in self._buffers().items():
                 if name in own["buffers"]:
                     buffer.copy_(own["buffers"][name])
-        randomness.restore(own["random"], loader)
+        randomness.restore(own["random"], loader, self._model.parameters())
 
     @property
     def between_steps(self) -> bool:
@@ -442,9 +447,12 @@ class TrainState:
 
     def _load(self, state: dict[str, Any], *, joining: bool) -> None:
         self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        # Torch moves each parameter's state to where the parameter is, but not options such as `lr`.
+        optimizer = state["optimizer"]
+        groups = placed_like(optimizer["param_groups"], lambda: self._optimizer.param_groups)
+        self._optimizer.load_state_dict({**optimizer, "param_groups": groups})
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(placed_like(state[name], part.state_dict))
         if self._sampler is not None:
             self._sampler.load_state_dict(state["sampler"], joining=joining)
         self._step = state["step"]

@@ -12,6 +12,7 @@ from ringps.buckets import BucketSettings, Entry, Reducer, ReducerStatistics, ag
 from ringps.collectives import Communicator, current
 from ringps.config import MIB
 from ringps.data import ElasticBatchSampler
+from ringps.device import accelerator_of
 from ringps.kernels.digest import EMPTY, digest
 from ringps.optim.replicate import describe_model, describe_optimizer, replicate
 from ringps.optim.stragglers import Straggler
@@ -38,8 +39,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     *Which gradients*: those of this optimizer's parameters that require a gradient. One that has no
     gradient on some ranks counts as zero there; one that has none on any rank keeps `.grad` None.
-    Gradients must be dense, real and on the CPU. Freezing, unfreezing and `add_param_group` are
-    noticed at the next `zero_grad`, backward or `step`, and must happen on all ranks alike.
+    Gradients must be dense, real, and on the CPU or this worker's GPU. Freezing, unfreezing and
+    `add_param_group` are noticed at the next `zero_grad`, backward or `step`, and must happen on all
+    ranks alike.
 
     *Mean*: over the ranks; with a sampler, weighted by the samples that each rank had of the global
     batch. Then each batch that the sampler yields must have one backward pass.
@@ -117,10 +119,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._names = names
         tensors = [(names(one), one) for one in names.known]
         for name, tensor in tensors:
-            if tensor.device.type != "cpu":
-                raise ValueError(
-                    f'"{name}" is on {tensor.device}; this version of ringps trains on the CPU only'
-                )
+            try:
+                accelerator_of(tensor)
+            except ValueError as error:
+                raise ValueError(f'"{name}" cannot be trained here: {error}') from error
         self._settings = settings
         if self._ring.joining:
             return  # it gets the members' state, and is compared with them then
@@ -188,6 +190,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             RuntimeError: the end of the last backward could not be noticed; says why.
         """
         if closure is None:
+            if self._reducer.replayed:
+                self._reducer.reduce()
             if self._weights is not None and self._reducer.backwards == 0:
                 self._weights.skip()
             self._reducer.settle()
@@ -200,6 +204,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     self._weights.end_evaluations()
         self._ring.record_step(self._reducer.next_step())
         return result
+
+    def reduce(self) -> None:
+        """Reduce the gradients that replaying a CUDA graph has left, as `backward()` does by itself.
+        Collective.
+
+        A backward that is captured runs no Python when it is replayed. So call this after each replay, before
+        what looks at gradients (clipping, `GradScaler.unscale_`); `step()` does it if nobody has. Capture
+        with `.grad` None (`zero_grad()` before), once, on all ranks alike; `.grad` is a view of a bucket
+        afterwards. Modules of `torch.cuda.make_graphed_callables` do not need it: their gradients arrive as
+        ever.
+
+        Raises:
+            RuntimeError: no backward was captured.
+            RingpsError: what collectives raise.
+        """
+        self._reducer.reduce()
 
     @property
     def stragglers(self) -> tuple[Straggler, ...]:

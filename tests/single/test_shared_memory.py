@@ -310,7 +310,7 @@ def test_inputs_are_unharmed_whenever_a_peer_is_lost() -> None:
             posts = threading.Semaphore(0)
 
             def count(comm: Communicator, at: int = moment, posts: threading.Semaphore = posts) -> None:
-                backend = ring.backends[comm.rank]
+                backend = ring.host_backend(comm.rank)
                 assert isinstance(backend, SerialBackend)
                 executor = backend._executor
                 assert isinstance(executor, SharedMemory)
@@ -343,7 +343,7 @@ def test_an_interrupted_collective_ends_the_ring_here() -> None:
         def interrupt(peer: object, since_s: float) -> float:
             raise KeyboardInterrupt
 
-        ring.backends[0]._executor.signals.attend = interrupt  # type: ignore[attr-defined]
+        ring.host_backend(0)._executor.signals.attend = interrupt  # type: ignore[attr-defined]
         with pytest.raises(KeyboardInterrupt):
             ring.communicators[0].all_reduce(torch.zeros(1_000_000))
         with pytest.raises(ClosedError, match="interrupted in this process"):
@@ -523,8 +523,8 @@ def test_without_memfds_an_unnamed_file_serves_and_says_when_it_is_too_small(
         others = ring.run(lambda comm: comm.all_reduce(total.clone() if comm.rank else total))
         assert others == [None, None]
         assert bool((total == 2).all())
-        executor = ring.backends[0]._executor  # type: ignore[attr-defined]
-        assert os.fstat(executor._group.segment.descriptor).st_mode & 0o777 == 0o600
+        executor = ring.host_backend(0)._executor  # type: ignore[attr-defined]
+        assert os.fstat(executor.group.segment.descriptor).st_mode & 0o777 == 0o600
         monkeypatch.setattr(os, "posix_fallocate", full)
         needed = (
             r"/dev/shm is too small: 8 MiB more are needed and \d+ of its \d+ MiB are free; mount a larger"

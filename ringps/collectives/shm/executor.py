@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from ringps.collectives.backend import Work
@@ -11,21 +13,33 @@ from ringps.collectives.shm.signals import Signals
 from ringps.errors import RingpsError
 
 
+class DeviceExecutor(Protocol):
+    """What carries out collectives on tensors of a GPU."""
+
+    def perform(self, key: tuple[int, int], work: Work) -> None:
+        """Return when the output is there. `key`: sequence and signature of the call."""
+
+
 class SharedMemory:
     """A `collectives.serial.Executor` over a `LocalGroup`, which belongs to it."""
 
     def __init__(self, group: LocalGroup) -> None:
-        self._group = group
+        self.group = group
+        self.device: DeviceExecutor | None = None
+        """Carries out what lies on a GPU."""
 
     @property
     def signals(self) -> Signals:
-        return self._group.signals
+        return self.group.signals
 
     def perform(self, sequence: int, call: Call, work: Work, *, spin: bool) -> None:
-        group = self._group
+        group = self.group
         group.spin = spin
         key = sequence, call.signature
-        if work.kind == "all_reduce":
+        if work.device is not None:
+            assert self.device is not None
+            self.device.perform(key, work)
+        elif work.kind == "all_reduce":
             group.all_reduce(key, work.source, work.output, work.op, group.size, work.digest)
         elif work.kind == "reduce_scatter":
             group.reduce_scatter(key, work.source, work.output, work.op, group.size)
@@ -38,10 +52,10 @@ class SharedMemory:
             group.barrier(key)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return self._group.allocate(size_bytes)
+        return self.group.allocate(size_bytes)
 
     def interrupt(self, error: RingpsError) -> None:
         """Whoever waits is told by `signals`."""
 
     def close(self) -> None:
-        self._group.close()
+        self.group.close()

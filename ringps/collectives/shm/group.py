@@ -94,8 +94,8 @@ class LocalGroup:
         self.signals = Signals(self._words, peers)
         self._heap = area.heap
         self._by_local = {peer.local: peer for peer in peers}
-        # In the order in which this rank's slice is combined.
-        self._order = [(local + 1 + hop) % self.size for hop in range(self.size)]
+        self.order = [(local + 1 + hop) % self.size for hop in range(self.size)]
+        """Positions of the members in the order in which this one combines its slice."""
         self.spin = False
         """Look for a moment before going to sleep; for calls whose caller waits."""
         self._meetings = 0
@@ -379,7 +379,7 @@ class LocalGroup:
         wide = fold.partial_dtype is not fold.dtype
         numel = _BLOCK_BYTES // fold.itemsize
         sums: Block = fold.scratch(numel) if wide else fold.block(self._sums, 0, numel)
-        head, *others = [sources[local] for local in self._order]
+        head, *others = [sources[local] for local in self.order]
         for start in range(mine.start, mine.stop, numel):
             stop = min(start + numel, mine.stop)
             place = target[start - mine.start : stop - mine.start]
@@ -417,7 +417,7 @@ class LocalGroup:
         outputs: Sequence[Block | None] = (),
     ) -> None:
         """Copy the others' results of a posted piece, from their outputs or else their outboxes."""
-        for local in self._order[:-1]:
+        for local in self.order[:-1]:
             start, stop = piece[local]
             if start == stop:
                 continue
