@@ -31,7 +31,12 @@ def campaigns(options: argparse.Namespace) -> list[Campaign]:
         if left <= 0:
             return found
         count = max(min(left, options.each), 12)
-        values = {"seed": options.seed + index, "count": count, "workers": options.workers}
+        values = {
+            "seed": options.seed + index,
+            "count": count,
+            "workers": options.workers,
+            "gpu": options.gpu,
+        }
         transport = options.transport or ("shm", "tcp", "both")[index % 3]
         kinds = {"kinds": dict(KILLS)} if (options.seed + index) % 4 == 1 else {}
         found.append(Campaign(transport=transport, **values, **kinds))
@@ -46,6 +51,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=250, help="most faults of one campaign")
     parser.add_argument("--workers", type=int, default=4, help="workers of each job")
     parser.add_argument("--transport", choices=("shm", "tcp", "both"), help="instead of each in turn")
+    parser.add_argument("--gpu", action="store_true", help="train on a pretended GPU that all workers share")
     parser.add_argument("--keep", type=Path, help="where to leave what a failed campaign recorded")
     options = parser.parse_args()
     planned = campaigns(options)

@@ -247,6 +247,8 @@ class CudaPeerMemory:
 
     def find(self, tensor: torch.Tensor) -> Exported | None:
         assert tensor.is_contiguous()
+        if not tensor.numel():
+            return None  # it lies nowhere
         address = tensor.data_ptr()
         with self._lock:
             at = bisect_right(self._addresses, address) - 1
@@ -254,7 +256,7 @@ class CudaPeerMemory:
                 return None
             block = self._blocks[self._addresses[at]]
             offset_bytes = address - block.address
-            if offset_bytes + tensor.nbytes > block.size_bytes or offset_bytes == block.size_bytes:
+            if offset_bytes + tensor.nbytes > block.size_bytes:
                 return None
             if block.handle is None:
                 block.handle = self._driver.export(block.address)

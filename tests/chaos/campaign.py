@@ -39,12 +39,21 @@ class Campaign:
     """`tcp`, `shm`, or `both`: shared memory between two and two workers, TCP between these pairs."""
     kinds: dict[Kind, int] = field(default_factory=lambda: dict(MANY))
     workers: int = 4
+    gpu: bool = False
+    """Train on a pretended GPU that all workers share: by CUDA IPC instead of shared memory, staged over
+    TCP."""
     steps_per_fault: int = 5
 
     @property
     def steps(self) -> int:
         """Steps of the whole job."""
         return self.count * self.steps_per_fault + 60 * self.workers
+
+    @property
+    def _asked(self) -> str:
+        if self.transport == "both":
+            return "auto"
+        return "cuda_ipc" if self.gpu and self.transport == "shm" else self.transport
 
     def plan(self) -> FaultPlan:
         """At the end one worker after the other dies, so that no fault waits in vain for a new generation."""
@@ -84,8 +93,11 @@ class Campaign:
             workers=self.workers,
             plan=plan,
             directory=directory,
-            arguments=(str(directory), "--steps", str(self.steps), "--samples", str(SAMPLES)),
-            environ={**ENVIRON, "RINGPS_TRANSPORT": "auto" if self.transport == "both" else self.transport},
+            arguments=(
+                *(str(directory), "--steps", str(self.steps), "--samples", str(SAMPLES)),
+                *(["--gpu"] if self.gpu else []),
+            ),
+            environ={**ENVIRON, "RINGPS_TRANSPORT": self._asked},
             hosts=2 if self.transport == "both" else 1,
         )
         ended = run_job(job, nursery)
@@ -96,8 +108,9 @@ class Campaign:
         saved = check_checkpoints(ended, directory, self.steps)
         happened = Counter(fault.kind for fault in plan.faults)
         kinds = ", ".join(f"{count} {kind}" for kind, count in happened.most_common())
+        where = f"{self.transport}, on GPUs" if self.gpu else self.transport
         return (
-            f"{self.transport}, seed {self.seed}: {len(plan.faults)} faults ({kinds}) "
+            f"{where}, seed {self.seed}: {len(plan.faults)} faults ({kinds}) "
             f"in {ended.seconds:.0f} s, "
             f"{counts['generations']} generations, {counts['processes']} processes, "
             f"{counts['epochs']} epochs, {saved} checkpoints"

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ringps
-from ringps import probe
+from ringps import device, probe
 from ringps.collectives import ElasticCommunicator, current
 from ringps.kernels.digest import digest
+from ringps.testing.pretend import PretendAccelerator
 
 parser = argparse.ArgumentParser()
 parser.add_argument("directory", type=Path)
@@ -31,6 +32,7 @@ parser.add_argument("--compare-every", type=int, default=5)
 parser.add_argument("--patience-s", type=float, default=0.1, help="how long a step waits for missing members")
 parser.add_argument("--workers", type=int, default=4)
 parser.add_argument("--save-every", type=int, default=5)
+parser.add_argument("--gpu", action="store_true", help="train on a pretended GPU, which all workers share")
 options = parser.parse_args()
 
 ringps.init()
@@ -68,6 +70,10 @@ probe.listener = listen
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
+if options.gpu:
+    gpu = PretendAccelerator("the only one", seed=os.getpid())
+    device.use(gpu)
+    gpu.adopt(model)
 inputs = torch.randn(options.samples, 8)
 data = TensorDataset(inputs, inputs.sum(1, keepdim=True), torch.arange(options.samples))
 sampler = ringps.ElasticBatchSampler(len(data), options.batch, seed=1)

@@ -120,7 +120,6 @@ def test_a_snapshot_does_not_wait_for_other_streams() -> None:
     tensor = torch.ones(2**20, dtype=torch.int32, device=DEVICE)
     arena = Arena()
     image_of(tensor, arena)  # so that there is room, and that is pinned
-    gc.collect()
     arena.release()
     other, done = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(other):
@@ -227,6 +226,7 @@ def ring() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ring")
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 @pytest.mark.parametrize("make", [adam, fused, capturable])
 def test_one_that_joins_goes_on_with_the_same_bits(
     make: Callable[[torch.nn.Module], torch.optim.Optimizer],

@@ -531,7 +531,8 @@ class FakeDriver:
         return b"own" + address.to_bytes(61, "big")
 
     def open(self, handle: bytes) -> int:
-        if handle.startswith(b"gone"):
+        freed = handle.startswith(b"own") and int.from_bytes(handle[3:], "big") not in self.sizes
+        if handle.startswith(b"gone") or freed:
             raise CudaError("cuIpcOpenMemHandle_v2", "CUDA_ERROR_INVALID_HANDLE", "gone")
         assert not handle.startswith(b"own"), "CUDA opens no memory of the same process"
         address = int.from_bytes(handle[4:], "big")
@@ -624,6 +625,7 @@ def test_find_tells_the_block_and_where_in_it() -> None:
     assert memory.find(second[8:16].view(torch.int32)) == (b"own" + second.data_ptr().to_bytes(61, "big"), 8)
     assert memory.find(placed(first.data_ptr() - 1, 1, None)) is None
     assert memory.find(placed(second.data_ptr() + GRAIN_BYTES, 1, None)) is None
+    assert memory.find(second[:0]) is None
     assert memory.find(placed(first.data_ptr() + 1, GRAIN_BYTES, None)) is None
     assert [what for what, _ in fake.log].count("export") == 2, "each block is exported once"
 
@@ -688,6 +690,8 @@ def test_without_room_kept_blocks_are_freed_those_that_no_peer_saw_first() -> No
     kept = memory.allocate(4 * GRAIN_BYTES)
     assert seen in [address for what, address in fake.log if what == "free"]
     assert kept.numel() == 4 * GRAIN_BYTES
+    with pytest.raises(RuntimeError, match="cannot open"):
+        memory.open(found.handle, 1)
     assert len(rooms) == 2
     with pytest.raises(MemoryError, match="no room for 7 bytes"):
         memory.allocate(7)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +25,7 @@ from ringps.optim.placement import placed_like
 from ringps.testing.memory_ring import run_ring
 from ringps.testing.pretend import PretendAccelerator
 from tests.same import assert_same
-from tests.training import filled
+from tests.training import filled, numbers
 
 
 @pytest.fixture
@@ -164,6 +165,29 @@ def test_an_offer_holds_copies_of_what_is_on_the_gpu(gpu: PretendAccelerator) ->
     for one, live, copied in zip(offered.tensors, expected.tensors, away, strict=True):
         if copied:
             assert one.data_ptr() != live.data_ptr()
+
+
+@pytest.mark.usefixtures("ring")
+def test_what_is_on_the_gpu_is_saved_and_restored_there(gpu: PretendAccelerator, tmp_path: Path) -> None:
+    def build(seed: int) -> tuple[torch.nn.Module, ringps.DistributedOptimizer, ringps.TrainState]:
+        model = torch.nn.Sequential(filled(torch.nn.Linear(3, 4), seed), torch.nn.BatchNorm1d(4))
+        gpu.adopt(model)
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = ringps.DistributedOptimizer(inner, model)
+        return model, optimizer, ringps.TrainState(model=model, optimizer=optimizer)
+
+    model, optimizer, state = build(0)
+    with ringps.Checkpointer(tmp_path, state, every_steps=2) as ckpt:
+        for _, batch in ckpt.steps([numbers(5, 3, dtype=torch.float32)], until=3):
+            optimizer.zero_grad()
+            model(batch).square().sum().backward()
+            optimizer.step()
+    other, _, restored = build(1)
+    with ringps.Checkpointer(tmp_path, restored) as ckpt:
+        assert ckpt.restored_step == 3
+        assert list(ckpt.steps([0], until=3)) == []  # its own buffers are loaded here
+    assert_same(restored.state_dict(), state.state_dict())
+    assert all(gpu.owns(tensor) for tensor in (*other.parameters(), *other.buffers()))
 
 
 def test_loaded_tensors_go_where_those_before_them_are() -> None:

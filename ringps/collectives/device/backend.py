@@ -183,7 +183,7 @@ class DeviceBackend:
     def _open_memory(self, device: Accelerator) -> Way:
         local, memory = self._local, device.peer_memory
         assert local is not None and memory is not None
-        executor = CudaIpc(local.group, device)
+        executor = CudaIpc(local.group, device, self._view)
         local.device = executor
         sample = memory.allocate(1)
         shown = memory.find(sample)

@@ -34,10 +34,11 @@ from ringps.collectives.gate import Gate
 from ringps.collectives.handle import Handle
 from ringps.collectives.shm.group import LocalGroup
 from ringps.device import Accelerator, Exported, PeerMemory
-from ringps.errors import CollectiveError, RingpsError
+from ringps.errors import CollectiveError, PeerLostError, RingpsError
 from ringps.kernels.cpu import ReduceOp
 from ringps.kernels.cuda.fold import fold
 from ringps.ring.partition import partition
+from ringps.ring.topology import Generation
 
 _PLACE = struct.Struct("<B64sQQ")
 """Length of the handle, handle, offset and size in bytes."""
@@ -62,15 +63,17 @@ class _Place(NamedTuple):
 class CudaIpc:
     """Does the work, for `shm.executor.SharedMemory`, on the thread that does all of the group's."""
 
-    def __init__(self, group: LocalGroup, device: Accelerator) -> None:
+    def __init__(self, group: LocalGroup, device: Accelerator, view: Generation) -> None:
         """
         Args:
             group: this host's members, all of the ring.
+            view: likewise.
             device: has memory that peers can open.
         """
         memory = device.peer_memory
         assert memory is not None
         self._group = group
+        self._view = view
         self._memory: PeerMemory = memory
         self._stream = device.stream("reduce")
 
@@ -183,8 +186,14 @@ class CudaIpc:
             end = exported.offset_bytes + size_bytes
             try:
                 memory = self._memory.open(exported.handle, end)
-            except RuntimeError as error:
-                raise CollectiveError(f"member {local} of this host: {error}") from error
+            except RuntimeError as error:  # it worked when the ring formed: the process has gone
+                member = self._view.members[local]
+                raise PeerLostError(
+                    rank=local,
+                    worker_id=member.worker_id,
+                    host=member.host,
+                    reason=f"its GPU memory cannot be opened any more ({error})",
+                ) from error
             found.append(memory[exported.offset_bytes : end].view(dtype))
         return found
 

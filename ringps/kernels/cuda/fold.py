@@ -46,24 +46,20 @@ def fold(
         accumulation = torch.uint8
     width = kernels_of("fold").INPUTS
     if len(inputs) <= width:
-        _launch(inputs, out, accumulation, op, world_size)
+        _launch(inputs, out, op, world_size)
         return
     # A partial result takes the first place in the next launch. It cannot lie in `out`, which may be an input.
     partial = torch.empty(out.shape, dtype=accumulation, device=out.device)
-    _launch(inputs[:width], partial, accumulation, op, None)
+    _launch(inputs[:width], partial, op, None)
     rest = inputs[width:]
     while len(rest) > width - 1:
-        _launch([partial, *rest[: width - 1]], partial, accumulation, op, None)
+        _launch([partial, *rest[: width - 1]], partial, op, None)
         rest = rest[width - 1 :]
-    _launch([partial, *rest], out, accumulation, op, world_size)
+    _launch([partial, *rest], out, op, world_size)
 
 
 def _launch(
-    inputs: Sequence[torch.Tensor],
-    out: torch.Tensor,
-    accumulation: torch.dtype,
-    op: ReduceOp,
-    world_size: int | None,
+    inputs: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp, world_size: int | None
 ) -> None:
     jit = kernels_of("fold")
     block = _BLOCK_BYTES // out.dtype.itemsize
@@ -78,7 +74,7 @@ def _launch(
         world_size or 1,
         COUNT=len(inputs),
         OP="sum" if op == "mean" else op,
-        ACC=jit.TYPES[accumulation],
+        ACC=jit.TYPES[inputs[0].dtype],
         DIVIDE=op == "mean" and world_size is not None,
         ALIGNED=aligned(*inputs, out),
         BLOCK=block,

@@ -10,11 +10,12 @@ import triton.language as tl
 
 INPUTS = 8
 
+# What a dtype is computed in; min and max of 16-bit floats lose nothing by it.
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
     torch.int8: tl.int8,
     torch.int16: tl.int16,
     torch.int32: tl.int32,
