@@ -16,7 +16,7 @@ setup:  ## Make .venv; does nothing when that is done already
 demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
-SMOKE := tests/parallel/test_benchmarks.py tests/parallel/test_examples.py
+SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_examples.py test_gpu_job.py)
 
 test: setup  ## Run the tests (ARGS="tests/single -k ring"), but for those of `make smoke`
 ifeq ($(strip $(ARGS)),)
@@ -26,7 +26,7 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-smoke: setup  ## Test that the benchmarks and the examples run from end to end
+smoke: setup  ## Test benchmarks and examples from end to end, and jobs on pretended GPUs
 	$(BIN)/python -m pytest $(SMOKE) $(ARGS)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")

@@ -152,9 +152,9 @@ class Config:
     """Settings of one worker; `ringps.init(config)` takes it."""
 
     transport: TransportName = "auto"
-    """"auto" picks the fastest that every member can use and says once which, and why. "nccl" and "cuda_ipc" are
-    about tensors on GPUs, and leave all else to "auto"; with "shm", "tcp" and "zmq" such tensors are staged
-    through the host's memory."""
+    """"auto" picks the fastest that every member can use and says once which, and why. "nccl" and "cuda_ipc"
+    are about tensors on GPUs, and leave all else to "auto"; with "shm", "tcp" and "zmq" such tensors are
+    staged through the host's memory."""
 
     timeouts: Timeouts = field(default_factory=Timeouts)
     """Limits on waiting."""

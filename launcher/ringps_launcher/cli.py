@@ -87,8 +87,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-n", "--workers", type=_count, required=True, metavar="N", help="workers on this machine")
     add("-m", "--module", action="store_true", help="SCRIPT is a module's name, as for python -m")
-    transports = ("auto", "shm", "tcp", "zmq")
-    add("--transport", choices=transports, default="auto", help="how data travels (default: auto)")
+    add(
+        "--transport",
+        choices=("auto", "shm", "tcp", "zmq", "nccl", "cuda_ipc"),
+        default="auto",
+        help="how data travels (default: auto); nccl and cuda_ipc are about tensors on GPUs, and leave all "
+        "else to auto",
+    )
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
     add(
         "--min-workers",

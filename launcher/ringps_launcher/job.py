@@ -22,7 +22,7 @@ class Job:
     workers: int
     """How many to start on this machine."""
 
-    transport: Literal["auto", "shm", "tcp", "zmq"] = "auto"
+    transport: Literal["auto", "shm", "tcp", "zmq", "nccl", "cuda_ipc"] = "auto"
     """How the workers' data travels."""
 
     encrypt_data: bool = False

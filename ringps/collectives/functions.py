@@ -50,10 +50,10 @@ def joining() -> bool:
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum", async_op: bool = False) -> Handle | None:
-    """Combine a CPU tensor over all ranks in place; see `Communicator.all_reduce`.
+    """Combine a tensor over all ranks in place; see `Communicator.all_reduce`.
 
     Args:
-        tensor: any shape and strides; float, integer, or (min and max) bool.
+        tensor: any shape and strides, on the CPU or this worker's GPU; float, integer, or (min and max) bool.
         op: "sum", "mean", "min", "max" or "prod".
         async_op: return a `Handle` at once; the tensor is the ring's until `Handle.wait` returns.
 
@@ -85,8 +85,10 @@ def broadcast(tensor: torch.Tensor, src: int = 0, async_op: bool = False) -> Han
     return current().broadcast(tensor, src, async_op)
 
 
-def empty(size: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised CPU tensor that peers on this host reduce from without a copy.
+def empty(
+    size: int | Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor that peers on this host reduce from without a copy.
 
     Where ranks share no memory it is an ordinary tensor. A process forked from this one (a `DataLoader`
     worker) shares it: what it writes there is seen here.
@@ -94,12 +96,13 @@ def empty(size: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.
     Args:
         size: shape, or number of elements.
         dtype: torch's default dtype if None.
+        device: this worker's GPU, such as "cuda"; the CPU if None.
 
     Raises:
         MemoryError: there is no room for it; says what to do.
         ClosedError: no ring.
     """
-    return current().empty(size, dtype)
+    return current().empty(size, dtype, device)
 
 
 def barrier() -> None:

@@ -11,6 +11,8 @@ import torch
 
 from ringps import probe
 from ringps.collectives import Communicator
+from ringps.collectives.backend import Work
+from ringps.collectives.gate import Gate
 from ringps.config import Config, Exchange
 from ringps.errors import CollectiveError, PeerLostError
 from ringps.testing import MemoryRing, run_ring
@@ -215,3 +217,81 @@ def test_payloads_above_the_limit_are_not_checked(monkeypatch: pytest.MonkeyPatc
             2, lambda ring, n=size: ring.all_reduce(torch.ones(n)), config, transports=RINGS["tcp"](2, config)
         )
     assert {(400, True), (404, False)} <= seen
+
+
+def gated(tensor: torch.Tensor, gate: Gate, label: str = "") -> Work:
+    """An all_reduce in place that begins when its gate is open."""
+    return Work(
+        kind="all_reduce",
+        source=tensor,
+        output=tensor,
+        op="sum",
+        src=0,
+        label=label,
+        shape=tuple(tensor.shape),
+        dtype="float32",
+        finish=None,
+        gate=gate,
+    )
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_a_collective_waits_for_its_gate_and_those_behind_it_too(name: str) -> None:
+    """Its source is read after the gate has opened; what was called before it goes on meanwhile."""
+    with MemoryRing(2, CONFIG, transports=RINGS[name](2, CONFIG)) as ring:
+        gates = [Gate(2), Gate(2)]
+        tensors = [torch.zeros(3000) for _ in range(2)]
+        before = [one.all_reduce(torch.ones(3000), async_op=True) for one in ring.communicators]
+        held = [
+            backend.start(gated(tensor, gate))
+            for backend, tensor, gate in zip(ring._backends, tensors, gates, strict=True)
+        ]
+        behind = [one.all_reduce(torch.ones(3), async_op=True) for one in ring.communicators]
+        for handle in before:
+            handle.wait(20)
+        assert not any(handle.done() for handle in (*held, *behind))
+        for rank, (tensor, gate) in enumerate(zip(tensors, gates, strict=True)):
+            tensor.fill_(rank + 1)
+            gate.step()
+            assert not gate.is_open
+            gate.step()
+        for handle in (*held, *behind):
+            handle.wait(20)
+        assert all(torch.equal(tensor, torch.full((3000,), 3.0)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_nobody_turns_round_while_a_gate_is_closed(name: str) -> None:
+    """Also when the peer has sent its chunks already."""
+    with MemoryRing(2, CONFIG, transports=RINGS[name](2, CONFIG)) as ring:
+        gate = Gate()
+        tensors = [torch.ones(20_000) for _ in range(2)]
+        handles = [
+            backend.start(gated(tensor, one))
+            for backend, tensor, one in zip(ring._backends, tensors, (gate, Gate(0)), strict=True)
+        ]
+        engine = ring._backends[0]._engine
+        assert engine is not None
+        turns = 0
+        turn = engine._turn
+
+        def counting() -> None:
+            nonlocal turns
+            turns += 1
+            turn()
+
+        engine._turn = counting  # type: ignore[method-assign]
+        with pytest.raises(TimeoutError):
+            handles[0].wait(0.3)
+        assert turns < 30
+        gate.step()
+        for handle in handles:
+            handle.wait(20)
+
+
+def test_a_failure_ends_what_waits_for_its_gate() -> None:
+    with MemoryRing(2, CONFIG) as ring:
+        handle = ring._backends[0].start(gated(torch.ones(3), Gate()))
+        ring.lose(1, "process exited by signal 9")
+        with pytest.raises(PeerLostError):
+            handle.wait(20)

@@ -117,7 +117,7 @@ class Staging:
         self._down = device.stream("down")
         self._up = device.stream("up")
         self._slots: list[_Slot] = []
-        self._unpin: list[Callable[[], None]] = []
+        self._unpin: Callable[[], None] | None = None
         self._next = 0
         self._lock = threading.Lock()
         self._closed = False
@@ -147,17 +147,15 @@ class Staging:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            unpin, self._unpin, self._slots = self._unpin, [], []
-        if not unpin:
+            unpin, self._unpin, self._slots = self._unpin, None, []
+        if unpin is None:
             return
-        # Copies of what was interrupted may still be under way, and what has gone up may have others come
-        # down.
+        # Copies of what was interrupted may be under way still, and those that end now may begin others.
         for stream in (self._up, self._down):
             passed = threading.Event()
             stream.notify(passed.set)
             passed.wait(_CLOSE_S)
-        for undo in unpin:
-            undo()
+        unpin()
 
     def _conclude(self, work: Work, handle: Handle) -> None:
         # What was hashed is what came over the wire.
@@ -215,8 +213,7 @@ class Staging:
         with self._lock:
             if self._closed:
                 return
-            # Who filled the source may read the output before: it is the same memory in a collective in
-            # place.
+            # What the script's stream still does to the output comes before.
             self._up.after(ready)
             if copies:
                 self._up.run(partial(_copy, copies))
@@ -227,13 +224,15 @@ class Staging:
     def _take_slot(self) -> _Slot:
         """The next one, which may be in use."""
         with self._lock:
-            if len(self._slots) < _SLOTS:
-                pair = [self._host.allocate(self._piece_bytes) for _ in range(2)]
-                self._unpin += [self._device.pin(one) for one in pair]
-                self._slots.append(_Slot(input=pair[0], output=pair[1]))
-                return self._slots[-1]
+            if not self._slots:
+                # In one, for a page of memory can be pinned once only.
+                memory = self._host.allocate(2 * _SLOTS * self._piece_bytes)
+                self._unpin = self._device.pin(memory)
+                halves = memory.view(_SLOTS, 2, self._piece_bytes)
+                self._slots = [_Slot(input=one[0], output=one[1]) for one in halves]
+            slot = self._slots[self._next]
             self._next = (self._next + 1) % _SLOTS
-            return self._slots[self._next - 1]
+            return slot
 
 
 def _copy(copies: Sequence[Copy]) -> None:
