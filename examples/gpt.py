@@ -3,6 +3,7 @@
     python examples/gpt.py                          # alone
     ringps run -n 4 examples/gpt.py                 # the same script, on 4 workers
     ringps run -n 4 examples/gpt.py --checkpoints ckpt      # stop it, and start it again
+    ringps run -n 2 examples/gpt.py --device cuda           # on GPUs, which workers may share
 
 Shapes: B sequences of this rank's batch, T bytes of context, D width, H heads.
 """
@@ -96,11 +97,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def write(self, prompt: str, length: int, generator: torch.Generator) -> str:
         """The prompt and `length` more bytes, drawn one by one from what the model predicts."""
-        text = torch.tensor([list(prompt.encode())])
+        text = torch.tensor([list(prompt.encode())], device=self.position.device)
         for _ in range(length):
-            logits = self(text[:, -self.context :])[0, -1]
+            logits = self(text[:, -self.context :])[0, -1].cpu()
             drawn = torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator)
-            text = torch.cat([text, drawn[None]], dim=1)
+            text = torch.cat([text, drawn[None].to(text.device)], dim=1)
         return bytes(text[0].tolist()).decode(errors="replace")
 
 
@@ -124,7 +125,7 @@ def validate(model: GPT, windows: Windows, batch: int) -> float:
     total = 0.0
     for start in range(0, len(chosen), batch):
         pieces = torch.stack([windows[index] for index in chosen[start : start + batch]])
-        total += model.loss(pieces).item() * len(pieces)
+        total += model.loss(pieces.to(model.position.device)).item() * len(pieces)
     return mean_over_ranks(total, len(chosen))
 
 
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus-bytes", type=int, default=4_000_000)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--checkpoints", metavar="DIR", help="where to save, and to go on from")
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--write", type=int, default=400, metavar="BYTES", help="length of the sample")
@@ -146,12 +148,15 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a worker per core: they would only get in each other's way
     ringps.init()
+    if options.device == "cuda":
+        torch.cuda.set_device(ringps.local_rank() % torch.cuda.device_count())
     torch.manual_seed(options.seed)
 
     text = corpus(options.corpus_bytes)
     split = len(text) * 19 // 20
     train, held_out = Windows(text[:split], options.context), Windows(text[split:], options.context)
     model = GPT(width=options.width, layers=options.layers, heads=options.heads, context=options.context)
+    model.to(options.device)
     sampler = ringps.ElasticBatchSampler(
         len(train), global_batch_size=options.batch, seed=options.seed, drop_last=True
     )
@@ -176,7 +181,7 @@ def main() -> None:
             saving = ringps.Checkpointer(options.checkpoints, state, every_steps=options.save_every)
             steps = stack.enter_context(saving).steps
         for step, pieces in steps(loader, until=options.steps):
-            loss = model.loss(pieces)
+            loss = model.loss(pieces.to(options.device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of the reduced gradients, as in one process
