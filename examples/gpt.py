@@ -149,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a worker per core: they would only get in each other's way
     ringps.init()
     if options.device == "cuda":
-        torch.cuda.set_device(ringps.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(ringps.local_rank() % max(1, torch.cuda.device_count()))
     torch.manual_seed(options.seed)
 
     text = corpus(options.corpus_bytes)

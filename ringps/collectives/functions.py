@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ringps import worker_env
 from ringps.collectives.current import current
 from ringps.collectives.handle import Handle
 
@@ -24,7 +25,11 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This worker's position among those of its machine."""
+    """This worker's position among those of its machine, and before it is a member (`joining()`), the place
+    that its launcher gave it: so also a worker that takes another's place has that one's GPU to itself."""
+    env = worker_env.read() if current().joining else None
+    if env is not None:
+        return env.local_rank
     view = current().generation
     return view.local_ranks.index(view.rank)
 
