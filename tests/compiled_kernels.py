@@ -1,7 +1,8 @@
-"""Compile the kernels for a GPU that is not there, down to machine code: `python -m tests.compiled_kernels ARCH...`.
+"""Compile the kernels for a GPU that is not there: `python -m tests.compiled_kernels ARCHITECTURE...`.
 
-The wrappers run as they do on a GPU, to the point where a kernel would be launched. One line of JSON for each kernel
-that was compiled: the case that asked for it, its name, the architecture, and the instructions that are in it.
+The wrappers run as they do on a GPU, to the point where a kernel would be launched. One line of JSON for each
+kernel that was compiled: the case that asked for it, its name, the architecture, the size in bytes, and the
+instructions that are in it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the GPU's kernels and their references in torch must agree on, to the bit.
 
 A case makes its inputs from a seed, has them handled on a device, and gives back on the CPU what came out.
-`tests/single/test_cuda_kernels.py` lets Triton interpret the kernels, `tests/gpu/test_kernels.py` lets a GPU run them.
+In `tests/single/test_cuda_kernels.py` Triton interprets the kernels, in `tests/gpu/test_kernels.py` a GPU
+runs them.
 """
 
 from __future__ import annotations
@@ -99,8 +100,10 @@ def packed(
     moved = [None if source is None else source.clone() for source in sources]
     plan.pack(moved, flat, 2.0)
     results.append(flat)
-    targets = [None if source is None else shifted(torch.zeros(source.shape, dtype=source.dtype), device, shift)
-               for source in sources]  # fmt: skip
+    targets = [
+        None if source is None else shifted(torch.zeros_like(source, device="cpu"), device, shift)
+        for source in sources
+    ]
     plan.unpack(flat, targets)
     return [tensor.cpu() for tensor in [*results, *targets] if tensor is not None]
 
@@ -187,7 +190,9 @@ CASES: dict[str, Case] = {
         packed, sizes=_ODD, dtypes=(None,) * 7, flat_dtype=torch.float16, weights=(None, 0.5)
     ),
     "pack no tensors": partial(packed, sizes=(), dtypes=(), flat_dtype=torch.float32),
-    "pack empty tensors": partial(packed, sizes=(0, 0), dtypes=(torch.float32,) * 2, flat_dtype=torch.float32),
+    "pack empty tensors": partial(
+        packed, sizes=(0, 0), dtypes=(torch.float32,) * 2, flat_dtype=torch.float32
+    ),
     **{
         f"fold {op} of {str(dtype)[6:]}": partial(folded, dtype=dtype, op=op, count=3, numel=4999)
         for op in OPS
@@ -199,7 +204,9 @@ CASES: dict[str, Case] = {
         for op in ("min", "max")
     },
     **{
-        f"fold {count} inputs of {str(dtype)[6:]}": partial(folded, dtype=dtype, op="mean", count=count, numel=1025)
+        f"fold {count} inputs of {str(dtype)[6:]}": partial(
+            folded, dtype=dtype, op="mean", count=count, numel=1025
+        )
         for dtype in (torch.float32, torch.bfloat16)
         for count in (1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17)
     },
@@ -237,7 +244,9 @@ LARGE_CASES: dict[str, Case] = {
         flat_dtype=torch.bfloat16,
     ),
     **{
-        f"fold {op} of {count} {str(dtype)[6:]}": partial(folded, dtype=dtype, op=op, count=count, numel=3_000_001)
+        f"fold {op} of {count} {str(dtype)[6:]}": partial(
+            folded, dtype=dtype, op=op, count=count, numel=3_000_001
+        )
         for op in ("sum", "mean", "max")
         for dtype in (torch.float32, torch.bfloat16)
         for count in (2, 8, 11)

@@ -1,7 +1,7 @@
 """Hashes of tensors, by which ranks find out whether they hold the same bits.
 
-XXH3 with 128 bits (Collet, 2019): faster than memory can be read. It notices accidents, not forgery. A tensor on a
-GPU is hashed there (`ringps.kernels.cuda.digest`), and stands in XXH3's input by that hash.
+XXH3 with 128 bits (Collet, 2019): faster than memory can be read. It notices accidents, not forgery. A tensor
+on a GPU is hashed there (`ringps.kernels.cuda.digest`), and that hash stands for it in XXH3's input.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ EMPTY = bytes(16)
 def digest(*tensors: torch.Tensor) -> bytes:
     """16 bytes over the tensors' elements, one tensor after the other; of any dtype, on the CPU or a GPU.
 
-    The hash of the same elements on the other kind of device is another. On a GPU, waits once for the current stream
-    to get here.
+    Elements have another hash on a GPU than on the CPU. Waits, once, for a GPU's current stream to get here.
 
     Raises:
         SetupError: a tensor is on a GPU, and Triton is not installed.
@@ -76,8 +75,11 @@ class Digest:
         self._given = value
 
     def value(self) -> bytes:
-        """16 bytes over all that was added. Waits for the current stream to get here if parts are on a GPU; it must
-        be the one in which they were added."""
+        """16 bytes over all that was added.
+
+        If parts are on a GPU, waits for the current stream to get here, which must be the one that they were
+        added in.
+        """
         if self._given is not None:
             return self._given
         self._land()

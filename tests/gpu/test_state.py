@@ -252,6 +252,63 @@ def test_one_that_joins_goes_on_with_the_same_bits(
     assert_same(host_copies(found.tensors), host_copies(expected.tensors))
 
 
+ELASTIC = f"""
+import json, os, signal, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import ringps
+from ringps.checkpoint.host_copies import host_copies
+from ringps.checkpoint.tree import flatten
+from ringps.kernels.digest import digest
+
+ringps.init()
+if "{DEVICE}" == "cuda":
+    torch.cuda.set_device(ringps.local_rank() % torch.cuda.device_count())
+first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+torch.manual_seed(os.getpid())
+model = torch.nn.Sequential(
+    torch.nn.Linear(3, 64), torch.nn.Dropout(0.3), torch.nn.Linear(64, 1)
+).to("{DEVICE}")
+sampler = ringps.ElasticBatchSampler(48, 8, seed=2)
+optimizer = ringps.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), model, sampler=sampler)
+scaler = torch.amp.GradScaler("{DEVICE}", init_scale=64.0, growth_interval=20)
+loader = DataLoader(TensorDataset(torch.randn(48, 3)), batch_sampler=sampler)
+state = ringps.TrainState(model=model, optimizer=optimizer, sampler=sampler, scaler=scaler)
+together = 0
+for step, (batch,) in state.steps(loader, until=1_000_000):
+    if step == 5 and first_life and ringps.worker_id() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.zero_grad()
+    scaler.scale(model(batch.to("{DEVICE}")).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    together = together + 1 if step > 5 and ringps.world_size() == 2 else 0
+    ends = torch.tensor([float(together >= 5)])
+    ringps.all_reduce(ends, "min")
+    if ends:
+        break
+skeleton, tensors = flatten(
+    [state.state_dict()[part] for part in ("model", "optimizer", "scaler")], devices=True
+)
+found = dict(worker=ringps.worker_id(), first_life=first_life, skeleton=skeleton.hex(),
+             tensors=digest(*host_copies(tensors)).hex(), on=[tensor.device.type for tensor in tensors])
+with open(os.path.join(sys.argv[1], f"rank-{{ringps.rank()}}.json"), "w") as file:
+    json.dump(found, file)
+ringps.shutdown()
+"""
+
+
+def test_a_worker_takes_the_place_of_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(ELASTIC)
+    ended = run("run", "-n", "2", tmp_path / "train.py", tmp_path)
+    assert ended.code == 0, (ended.out[-3000:], ended.err[-3000:])
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(one.pop("first_life") for one in found) == [False, True]
+    assert len({one.pop("worker") for one in found}) == 2
+    assert found[0] == found[1]
+    assert DEVICE in found[0]["on"]
+
+
 # Saved and restored.
 
 TRAIN = f"""

@@ -1,9 +1,10 @@
 """Hashes of tensors on a GPU, made where the tensors are.
 
-The memory is read as 64-bit words. Each is joined with a multiple of its number, mixed (multiply and xor-shift, as
-MurmurHash3's finaliser does; Appleby, 2011) and multiplied once more in two ways; each of the two results is summed
-up modulo 2^64. Sums do not depend on the order of the terms, so thousands of threads come to the same bits without
-waiting for each other. It notices accidents, not forgery. Hashes of `ringps.kernels.digest` are others.
+The memory is read as 64-bit words. Each is joined with a multiple of its number, mixed (multiply and xor-
+shift, as MurmurHash3's finaliser does; Appleby, 2011) and multiplied once more in two ways; each of the two
+results is summed up modulo 2^64. Sums do not depend on the order of the terms, so thousands of threads come
+to the same bits without waiting for each other. It notices accidents, not forgery. `ringps.kernels.digest`
+hashes otherwise on the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ SECOND = 0xBF58476D1CE4E5B9
 TURN = 0x94D049BB133111EB
 
 _BLOCK = 1024
+_NARROW_BLOCK = 128
+"""Where words are put together of single bytes, which takes more registers."""
+
 _MOST_PROGRAMS = 2048
 """Each ends with two additions in one place of memory, which go one by one."""
 
@@ -52,7 +56,9 @@ def digest_into(tensor: torch.Tensor, out: torch.Tensor) -> None:
     if not by_kernel(tensor):
         _on_cpu(octets, out)
         return
-    blocks = -(-octets.numel() // (8 * _BLOCK))
+    wide = octets.data_ptr() % 8 == 0
+    block = _BLOCK if wide else _NARROW_BLOCK
+    blocks = -(-octets.numel() // (8 * block))
     launch(
         kernels_of("digest").digest,
         min(max(blocks, 1), _MOST_PROGRAMS),
@@ -60,8 +66,8 @@ def digest_into(tensor: torch.Tensor, out: torch.Tensor) -> None:
         octets,
         octets.numel(),
         out,
-        WIDE=octets.data_ptr() % 8 == 0,
-        BLOCK=_BLOCK,
+        WIDE=wide,
+        BLOCK=block,
     )
 
 
@@ -73,7 +79,10 @@ def launch_digest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def collect(hashes: Sequence[torch.Tensor]) -> list[bytes]:
-    """What `launch_digest` gave, as 16 bytes each; waits for the current stream to get here, not for the device."""
+    """What `launch_digest` gave, as 16 bytes each.
+
+    Waits for the current stream to get here, not for the device.
+    """
     if not hashes:
         return []
     together = torch.stack(tuple(hashes))
@@ -82,7 +91,7 @@ def collect(hashes: Sequence[torch.Tensor]) -> list[bytes]:
             landed = torch.empty(together.shape, dtype=torch.int64, pin_memory=True)
             landed.copy_(together, non_blocking=True)
             # One that blocks lets the thread sleep, and others run.
-            arrived = torch.cuda.Event(blocking=True)
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream())
             arrived.synchronize()
         together = landed

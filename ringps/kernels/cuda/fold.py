@@ -21,16 +21,16 @@ def fold(
     """`out = ((inputs[0] op inputs[1]) op inputs[2]) ...`, element by element.
 
     16-bit floats are added and multiplied in float32, and rounded once, at the end. The bits are those of
-    `ringps.kernels.fold.Fold`, except those of NaNs, and except which of two zeros of opposite signs min and max
-    take. Integers wrap around.
+    `ringps.kernels.fold.Fold`, except those of NaNs, and except which of two zeros of opposite signs min and
+    max take. Integers wrap around.
 
     Args:
-        inputs: at least one; contiguous, of one size, on one device (or of a peer that this device can read) and of
-            one dtype that `check_reducible` accepts. The first may have the accumulation dtype instead:
-            a partial result that the others are added to.
+        inputs: at least one; contiguous, of one size, on one device and of one dtype that `check_reducible`
+            accepts. The first may have the accumulation dtype instead: a partial result that the others
+            are added to.
         out: as the inputs; may be one of them. In the accumulation dtype it gets the result unrounded.
         op: how to combine.
-        world_size: what a mean is divided by, correctly rounded. None: it is not divided, for `out` is partial.
+        world_size: what a mean is divided by, correctly rounded. None: it is not, for `out` is partial.
 
     Raises:
         ValueError: tensors that do not fit together, or a dtype that cannot be reduced by `op`.
@@ -48,7 +48,8 @@ def fold(
     if len(inputs) <= width:
         _launch(inputs, out, op, world_size)
         return
-    # A partial result takes the first place in the next launch. It cannot lie in `out`, which may be an input.
+    # A partial result takes the first place in the next launch. It cannot lie in `out`, which may be an
+    # input.
     partial = torch.empty(out.shape, dtype=accumulation, device=out.device)
     _launch(inputs[:width], partial, op, None)
     rest = inputs[width:]
@@ -58,9 +59,7 @@ def fold(
     _launch([partial, *rest], out, op, world_size)
 
 
-def _launch(
-    inputs: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp, world_size: int | None
-) -> None:
+def _launch(inputs: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp, world_size: int | None) -> None:
     jit = kernels_of("fold")
     block = _BLOCK_BYTES // out.dtype.itemsize
     launch(
@@ -101,7 +100,11 @@ def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> t
 
 
 def _on_cpu(
-    inputs: Sequence[torch.Tensor], out: torch.Tensor, dtype: torch.dtype, op: ReduceOp, world_size: int | None
+    inputs: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    dtype: torch.dtype,
+    op: ReduceOp,
+    world_size: int | None,
 ) -> None:
     folding = fold_of(dtype, op)
     flat, target = [tensor.view(-1) for tensor in inputs], out.view(-1)

@@ -22,8 +22,11 @@ def by_kernel(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def kernels_everywhere() -> Iterator[None]:
-    """Within it, kernels handle tensors on the CPU too. For tests in which Triton interprets its kernels, which it
-    does where TRITON_INTERPRET=1 is set before it is first imported."""
+    """Within it, kernels handle tensors on the CPU too.
+
+    For tests in which Triton interprets its kernels, as it does where TRITON_INTERPRET=1 is set before it is
+    first imported.
+    """
     global _everywhere
     _everywhere = True
     try:

@@ -25,15 +25,16 @@ from ringps.kernels.cuda.launch import (
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
-# Of 4 warps each thread has 8 loads of 16 bytes under way, enough to hide memory's latency with few registers,
-# while a tensor's last block, which goes element by element, stays a small part of it.
+# Each thread of 4 warps has 8 loads of 16 bytes under way: enough to hide memory's latency, in few
+# registers, while a tensor's last block, which goes element by element, stays a small part of it. Trying out
+# sizes at run time would compile every kernel several times.
 _BLOCK_BYTES = 16384
 
 
 class PackPlan:
     """Where tensors lie in a flat one. Not thread-safe: use it from one thread at a time.
 
-    The tables on the GPU are kept per stream; those with addresses are written anew when an address has changed.
+    The tables on the GPU are kept per stream; those with addresses are made anew when an address has changed.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class PackPlan:
             raise ValueError("sizes and starts must not be negative")
         for (start, size), (following, _) in pairwise(slots):
             if start + size > following:
-                raise ValueError(f"the slot at {start} has {size} elements, and the next begins at {following}")
+                raise ValueError(
+                    f"the slot at {start} has {size} elements, and the next begins at {following}"
+                )
         self._sizes, self._starts = tuple(sizes), tuple(starts)
         self._dtype, self._device = dtype, torch.device(device)
         self._extent = sum(slots[-1]) if slots else 0
@@ -85,17 +88,19 @@ class PackPlan:
         On a GPU, the sources must stay as they are until the current stream has got past it.
 
         Args:
-            sources: as planned: contiguous, of the planned numel and of any shape; any of the four float dtypes, not
-                necessarily the same. None: the slot becomes zeros.
+            sources: as planned: contiguous, of the planned numel and of any shape; of any of the four float
+                dtypes, each of its own. None: the slot becomes zeros.
             flat: one-dimensional, contiguous, of the plan's dtype.
             weight: what to multiply by, as `torch.mul(source, weight)` does: the product is rounded to the
-                source's dtype, then cast to `flat`'s. None: a copy; bits are unchanged where dtypes are equal.
+                source's dtype, then cast to `flat`'s. None: a copy, to the bit where dtypes are equal.
 
         Raises:
             ValueError: tensors that the plan is not for.
             SetupError: they are on a GPU, and Triton is not installed.
         """
         self._check(sources, flat, "source")
+        if not self._programs:
+            return
         if not by_kernel(flat):
             for slot, source in zip(self._slots_of(flat), sources, strict=True):
                 if source is None:
@@ -138,6 +143,8 @@ class PackPlan:
             SetupError: they are on a GPU, and Triton is not installed.
         """
         self._check(targets, flat, "target")
+        if not self._programs or all(target is None for target in targets):
+            return
         if not by_kernel(flat):
             for slot, target in zip(self._slots_of(flat), targets, strict=True):
                 if target is not None:
@@ -145,8 +152,6 @@ class PackPlan:
             return
         jit = kernels_of("pack")
         slots, slot_of_block = self._tables(flat.device)
-        if all(target is None for target in targets):
-            return
         for dtype, addresses in self._targets.rows(targets, flat, absent=jit.SKIP, skip=jit.SKIP):
             launch(
                 jit.unpack,
@@ -167,8 +172,8 @@ class PackPlan:
     def _check(self, tensors: Sequence[torch.Tensor | None], flat: torch.Tensor, name: str) -> None:
         if flat.dtype is not self._dtype or flat.dim() != 1 or flat.numel() < self._extent:
             raise ValueError(
-                f"the flat tensor is {flat.dtype} of shape {tuple(flat.shape)}; the plan is for {self._dtype} "
-                f"of one dimension and at least {self._extent} elements"
+                f"the flat tensor is {flat.dtype} of shape {tuple(flat.shape)}; the plan is for "
+                f"{self._dtype} of one dimension and at least {self._extent} elements"
             )
         if flat.device.type != self._device.type or self._device.index not in (None, flat.device.index):
             raise ValueError(f"the flat tensor is on {flat.device}, and the plan is for {self._device}")
@@ -218,7 +223,11 @@ class _Addresses:
             table = upload(
                 [
                     [
-                        (skip if row else absent) if entry is None else entry[0] if entry[1] is dtype else skip
+                        (skip if row else absent)
+                        if entry is None
+                        else entry[0]
+                        if entry[1] is dtype
+                        else skip
                         for entry in entries
                     ]
                     for row, dtype in enumerate(dtypes)

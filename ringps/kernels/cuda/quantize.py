@@ -1,9 +1,10 @@
-"""Blocks of floats as int8 with a float32 scale each (absmax quantisation; Dettmers et al., 2022, without a codebook).
+"""Blocks of floats as int8 with a float32 scale each (Dettmers et al., 2022; by absmax, without a codebook).
 
-Kernels and reference come to the same bits, so that ranks which decode the same bytes hold the same values. A block
-whose largest magnitude is `m` has the scale `m / 127`, and a decoded element differs from the given one by half a
-scale at most, apart from the rounding of product and cast. Exceptions: where `m` is below 1.5e-36 the scale is
-subnormal and less exact; and of a block with a NaN or an infinity every element decodes to NaN, so that it shows.
+Kernels and reference come to the same bits, so that ranks which decode the same bytes hold the same values. A
+block whose largest magnitude is `m` has the scale `m / 127`, and a decoded element differs from the given one
+by half a scale at most, apart from the rounding of product and cast. Exceptions: where `m` is below 1.5e-36
+the scale is subnormal and less exact; and of a block with a NaN or an infinity every element decodes to NaN,
+so that it shows.
 """
 
 from __future__ import annotations
@@ -69,7 +70,13 @@ def _decode(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block
         arguments = (values, scales, out, out.numel())
         programs = -(-scales.numel() // rows)
         launch(
-            kernels_of("quantize").dequantize, programs, out.device, *arguments, ADD=add, ROWS=rows, BLOCK=block
+            kernels_of("quantize").dequantize,
+            programs,
+            out.device,
+            *arguments,
+            ADD=add,
+            ROWS=rows,
+            BLOCK=block,
         )
         return
     flat = out.view(-1)

@@ -39,8 +39,10 @@ def _weighted(values, weight):
 
 
 @triton.jit
-def _move(source, target, offset, size, weight, SCALED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    # Triton reads and writes 16 bytes at once only where it knows the addresses to allow it, and without a mask.
+def _move(
+    source, target, offset, size, weight, SCALED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    # Triton reads and writes 16 bytes at once only where it knows the addresses to allow it, and has no mask.
     source += offset
     target += offset
     lanes = tl.arange(0, BLOCK)

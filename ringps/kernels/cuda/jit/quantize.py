@@ -12,7 +12,9 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _quantize_rows(x, values, scales, row, numel, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows(
+    x, values, scales, row, numel, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     rows = row + tl.arange(0, ROWS)
     places = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if WHOLE:
@@ -51,7 +53,15 @@ def quantize(x, values, scales, numel: tl.int64, ROWS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _dequantize_rows(
-    values, scales, out, row, numel, ADD: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    values,
+    scales,
+    out,
+    row,
+    numel,
+    ADD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     rows = row + tl.arange(0, ROWS)
     places = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
