@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test smoke chaos check format golden bench wheel clean
+.PHONY: help setup demo test smoke chaos check format golden bench gpu wheel clean
 
 help:  ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ golden: setup  ## Record the golden files of the tests anew; then read the diff
 
 bench: setup  ## Run the benchmarks and write docs/benchmarks.md (ARGS="--only train -n 2")
 	$(BIN)/python benchmarks/suite.py $(ARGS)
+
+gpu:  ## Test and measure on this machine's GPUs (ARGS="--tests"); needs no set-up where PYTHON has it all
+	@scripts/gpu $(ARGS)
 
 wheel: setup  ## Build dist/*.whl
 	rm -rf build

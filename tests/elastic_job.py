@@ -33,7 +33,7 @@ parser.add_argument("--hangs-at", type=int, help="step in which the first worker
 options = parser.parse_args()
 torch.set_num_threads(1)
 ringps.init()
-assert ringps.local_rank() == int(os.environ["LOCAL_RANK"])
+assert ringps.local_rank() == int(os.environ["RINGPS_LOCAL_RANK"])
 own = f"{options.directory}/ledger-{ringps.worker_id()}-{os.getpid()}.jsonl"
 ledger = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 voters = []
