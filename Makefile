@@ -16,17 +16,18 @@ setup:  ## Make .venv; does nothing when that is done already
 demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
-SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_examples.py test_gpu_job.py)
+SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_kills.py test_examples.py test_gpu_job.py) \
+	tests/single/test_gpu_benchmark.py
 
 test: setup  ## Run the tests (ARGS="tests/single -k ring"), but for those of `make smoke`
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -n 2 tests/single
+	$(BIN)/python -m pytest -n 2 tests/single $(SMOKE:%=--ignore=%)
 	$(BIN)/python -m pytest tests/parallel $(SMOKE:%=--ignore=%)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-smoke: setup  ## Test benchmarks and examples from end to end, and jobs on pretended GPUs
+smoke: setup  ## Test benchmarks and examples from end to end, and what takes long
 	$(BIN)/python -m pytest $(SMOKE) $(ARGS)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")

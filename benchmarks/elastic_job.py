@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -39,6 +39,16 @@ WORKLOADS = {
 """By name; each draws the whole dataset at once. A transformer of 1.8 million parameters; gradients of 30 MB;
 parameters and AdamW's state of 400 MB; one for trying out."""
 _NOTED = frozenset({"prepare", "connected", "offer", "fed"})
+
+
+class Place(Protocol):
+    """Memory to train in that is not the CPU's."""
+
+    def adopt(self, model: torch.nn.Module) -> None:
+        """Move a model there; its parameters stay the same objects."""
+
+    def inputs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A part of a batch, where the model wants it."""
 
 
 class Notebook:
@@ -87,13 +97,19 @@ class Training:
         optimizer.step()
 
 
-def train(directory: Path, name: str, costs: Callable[[], Mapping[str, float]] | None = None) -> None:
+def train(
+    directory: Path,
+    name: str,
+    costs: Callable[[], Mapping[str, float]] | None = None,
+    place: Callable[[], Place] | None = None,
+) -> None:
     """Train until the job is stopped, as a worker of `ringps run`.
 
     Args:
         directory: for the notes.
         name: of the workload.
         costs: more to note of each step.
+        place: where to train, once the ring is joined; in the CPU's memory if None.
     """
     env = worker_env.read()
     assert env is not None, "`ringps run` starts this"
@@ -102,12 +118,17 @@ def train(directory: Path, name: str, costs: Callable[[], Mapping[str, float]] |
     _listen(notebook, costs or dict)
     ringps.init()
     training = Training(name)
+    there = None if place is None else place()
+    if there is not None:
+        there.adopt(training.model)
     sampler = ringps.ElasticBatchSampler(len(training.samples), GLOBAL_BATCH, seed=0)
     optimizer = ringps.DistributedOptimizer(training.optimizer, training.model, sampler=sampler)
     state = ringps.TrainState(model=training.model, optimizer=optimizer, sampler=sampler)
     loader = DataLoader(training.samples, batch_sampler=sampler)
     notebook.note("ready", parameter_bytes=training.parameter_bytes)
     for step, batch in state.steps(loader, until=1_000_000):
+        if there is not None:
+            batch = tuple(there.inputs(tensor) for tensor in batch)
         training.step(training.model, optimizer, batch)
         data = sampler.statistics()
         trained = data.epoch * len(training.samples) + data.trained_samples

@@ -32,9 +32,18 @@ parser.add_argument("--compare-every", type=int, default=5)
 parser.add_argument("--patience-s", type=float, default=0.1, help="how long a step waits for missing members")
 parser.add_argument("--workers", type=int, default=4)
 parser.add_argument("--save-every", type=int, default=5)
-parser.add_argument("--gpu", action="store_true", help="train on a pretended GPU, which all workers share")
+parser.add_argument(
+    "--gpu",
+    nargs="?",
+    const="pretended",
+    choices=("pretended", "cuda"),
+    help="train on one that all workers share, a pretended one if nothing else is said",
+)
 options = parser.parse_args()
 
+home = torch.device("cuda" if options.gpu == "cuda" else "cpu")
+# CUDA takes seconds to start, in which the others would wait for this one.
+torch.zeros(1, device=home)
 ringps.init()
 name = f"ledger-{ringps.worker_id()}-{os.getpid()}.jsonl"
 ledger = os.open(options.directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -70,7 +79,8 @@ probe.listener = listen
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
-if options.gpu:
+model.to(home)
+if options.gpu == "pretended":
     gpu = PretendAccelerator("the only one", seed=os.getpid())
     device.use(gpu)
     gpu.adopt(model)
@@ -96,7 +106,7 @@ with checkpointer as ckpt:
     for step, (batch, targets, indices) in ckpt.steps(loader, until=options.steps):
         wait_for_the_missing()
         note("batch", step=step, samples=indices.tolist())
-        loss = (model(batch) - targets).square().mean()
+        loss = (model(batch.to(home)) - targets.to(home)).square().mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -109,6 +119,6 @@ with checkpointer as ckpt:
             if int(least) != int(most):
                 raise SystemExit(f"step {step}: ranks hold different parameters")
 with torch.no_grad():
-    final = float((model(inputs) - inputs.sum(1, keepdim=True)).square().mean())
+    final = float((model(inputs.to(home)).cpu() - inputs.sum(1, keepdim=True)).square().mean())
 note("end", step=state.step, digest=digest(*model.parameters()).hex(), loss=final)
 ringps.shutdown()

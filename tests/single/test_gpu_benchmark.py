@@ -77,6 +77,12 @@ def test_a_part_that_fails_is_a_row_that_says_why(tmp_path: Path, capfd: pytest.
     assert gpu_report.missing([first]) == ["some , n = 1: failed: exit code 1: ValueError: so it is"]
 
 
+def test_what_others_cannot_do_here_is_no_failure(tmp_path: Path) -> None:
+    others = replace(part(tmp_path, "raise ValueError('not here')"), beside=True)
+    (row,) = gpu.measure([others], 1, False, 60.0)
+    assert (row.outcome, row.why) == ("n/a", "exit code 1: ValueError: not here")
+
+
 def test_a_part_that_does_not_end_is_ended_and_keeps_what_it_had(tmp_path: Path) -> None:
     row = gpu_report.measured(
         "copy", backend="torch", size_bytes=8, dtype="bytes", times_s=[1e-6], rehearsal=False
