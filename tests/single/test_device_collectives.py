@@ -237,6 +237,27 @@ def test_what_does_not_work_is_said_and_auto_goes_on(capfd: pytest.CaptureFixtur
     assert "GPU tensors: staged (auto: no NCCL: NCCL did not connect; no CUDA IPC: " in said
 
 
+def test_memory_that_one_rank_cannot_open_is_noticed_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take the same other way."""
+    with gpus(3, "cuda_ipc") as made:
+
+        def refuse(handle: bytes, size_bytes: int) -> torch.Tensor:
+            raise RuntimeError("mapping of buffer object failed")
+
+        monkeypatch.setattr(made[1]._memory, "open", refuse)
+        with FormedRing(("a", "a", "a")) as ring:
+
+            def script(comm: Communicator) -> str:
+                tensor = made[comm.rank].copy(torch.ones(3))
+                for _ in range(2):
+                    comm.all_reduce(tensor)
+                assert tensor.tolist() == [9, 9, 9]
+                backend = ring.backends[comm.rank]
+                return type(backend._way).__name__  # type: ignore[attr-defined]
+
+            assert ring.run(script) == ["Staging"] * 3
+
+
 def test_what_was_asked_for_and_does_not_work_is_an_error() -> None:
     with gpus(2, "nccl") as made:
         for one in made:

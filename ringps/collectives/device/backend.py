@@ -1,5 +1,4 @@
-"""A backend for tensors anywhere: those in the CPU's memory go to the host's backend, the others to a GPU's
-way."""
+"""A backend for tensors anywhere: on the CPU by the host's backend, on a GPU by one of three ways."""
 
 from __future__ import annotations
 
@@ -192,14 +191,13 @@ class DeviceBackend:
         for rank, (handle, offset_bytes) in enumerate(others):
             if rank != self._view.rank:
                 memory.open(handle, offset_bytes + 1)
-        # Nobody gives its sample back before all have looked.
-        self._exchange(None)
 
         def detach() -> None:
             local.device = None
             executor.close()
 
-        return IpcWay(self._host, device, detach)
+        # The way keeps the sample, which others may have yet to open.
+        return IpcWay(self._host, device, sample, detach)
 
     def _exchange(self, own: Any) -> list[Any]:
         """What each member has; plain values."""

@@ -211,15 +211,19 @@ class CudaIpc:
 class IpcWay:
     """A `way.Way`: the host's backend carries these out in the order of all its calls."""
 
-    def __init__(self, host: Backend, device: Accelerator, detach: Callable[[], None]) -> None:
+    def __init__(
+        self, host: Backend, device: Accelerator, sample: torch.Tensor, detach: Callable[[], None]
+    ) -> None:
         """
         Args:
             host: its executor knows a `CudaIpc`.
             device: whose tensors they are on.
+            sample: kept as long as this.
             detach: takes the `CudaIpc` from the executor.
         """
         self._host = host
         self._device = device
+        self._sample = sample
         self._detach = detach
         self._marks = device.stream("down")
 

@@ -23,8 +23,6 @@ from ringps.errors import ClosedError, CollectiveError, CollectiveTimeoutError, 
 
 _EXPLANATION_S = 3.0
 """How long after an error of NCCL's the loss that caused it may take to be noticed, which says more."""
-
-
 _CLOSE_S = 5.0
 """How long aborted kernels may take to end."""
 

@@ -21,8 +21,7 @@ _LOOK_S = 0.5
 
 
 class Way(Protocol):
-    """Carries out collectives whose tensors lie on one accelerator, in the order in which they are
-    started."""
+    """Carries out collectives on tensors of one accelerator, in the order in which they are started."""
 
     def start(self, work: Work) -> Handle:
         """Put `work` in; the calling thread's stream holds what fills its source. By one thread at a time.
