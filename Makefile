@@ -18,6 +18,7 @@ demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 
 SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_kills.py test_examples.py test_gpu_job.py) \
 	tests/single/test_gpu_benchmark.py
+REHEARSED := $(addprefix tests/gpu/,test_collectives.py test_training.py test_recovery.py)
 
 test: setup  ## Run the tests (ARGS="tests/single -k ring"), but for those of `make smoke`
 ifeq ($(strip $(ARGS)),)
@@ -29,6 +30,8 @@ endif
 
 smoke: setup  ## Test benchmarks and examples from end to end, and what takes long
 	$(BIN)/python -m pytest $(SMOKE) $(ARGS)
+	@# Those for a GPU, on a pretended one; what cannot be pretended is skipped.
+	RINGPS_TEST_PRETEND=1 RINGPS_TEST_NO_SKIP= $(BIN)/python -m pytest $(REHEARSED)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
 	$(BIN)/python scripts/chaos.py $(ARGS)
