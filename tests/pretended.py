@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from ringps import device
-from ringps.config import Config, TransportName
 from ringps.kernels.fold import fold_of
 from ringps.testing.pretend import PretendAccelerator
 
@@ -158,8 +157,3 @@ def gpus(count: int, way: WayOf, *, seed: int | None = None) -> Iterator[list[Pr
         for one in made:
             one.close()
         assert [one.failures() for one in made] == [[]] * count
-
-
-def asking(transport: TransportName) -> Config:
-    """Settings with that transport."""
-    return Config(transport=transport)

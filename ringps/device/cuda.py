@@ -182,10 +182,6 @@ class CudaAccelerator:
     def capturing(self) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
 
-    def used_here(self, tensor: torch.Tensor) -> None:
-        """As `Stream.keep`, for the stream of the calling thread."""
-        self.here().keep(tensor)
-
     @property
     def peer_memory(self) -> PeerMemory | None:
         return self._memory

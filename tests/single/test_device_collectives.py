@@ -201,6 +201,22 @@ def test_a_loss_ends_what_is_under_way(case: Case) -> None:
             ring.run(script)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_draining_waits_for_what_nobody_has_waited_for(case: Case) -> None:
+    """So that a rank that leaves takes nothing away from the others."""
+    way, transport, hosts = case
+    config = Config(transport=transport, exchange=SMALL)
+    with gpus(len(hosts), way, seed=4) as made, FormedRing(hosts, config) as ring:
+
+        def script(comm: Communicator) -> None:
+            tensor = made[comm.rank].copy(torch.ones(9000))
+            comm.all_reduce(tensor, async_op=True)
+            ring.backends[comm.rank].drain()
+            assert torch.equal(tensor, torch.full((9000,), float(comm.world_size)))
+
+        ring.run(script)
+
+
 def test_a_ring_of_one_has_its_result() -> None:
     def script(comm: Communicator, gpu: PretendAccelerator) -> None:
         own, output, hashed = gpu.copy(values(0, 300)), gpu.copy(torch.zeros(300)), Digest()

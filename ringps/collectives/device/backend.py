@@ -20,7 +20,7 @@ from ringps.collectives.handle import Handle
 from ringps.collectives.shm.executor import SharedMemory
 from ringps.config import Config
 from ringps.device import Accelerator
-from ringps.errors import RingpsError, SetupError
+from ringps.errors import ClosedError, RingpsError, SetupError
 from ringps.ring.lanes import hosts
 from ringps.ring.topology import Generation
 
@@ -53,6 +53,8 @@ class DeviceBackend:
         self._way: Way | None = None
         self._device: Accelerator | None = None
         self._error: RingpsError | None = None
+        self._newest: Handle | None = None
+        """Of the last collective on the GPU; those before it end before it."""
 
     @property
     def host(self) -> Backend:
@@ -75,7 +77,8 @@ class DeviceBackend:
                 if self._error is not None:
                     self._way.interrupt(self._error)
             assert self._device is work.device
-            return self._way.start(work)
+            self._newest = self._way.start(work)
+            return self._newest
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return self._host.allocate(size_bytes)
@@ -98,6 +101,8 @@ class DeviceBackend:
         return self._host.describe(sequence)
 
     def drain(self) -> None:
+        if self._newest is not None:
+            self._newest.wait()
         self._host.drain()
 
     @property
@@ -105,6 +110,8 @@ class DeviceBackend:
         return self._host.completed
 
     def close(self) -> None:
+        # For a thread that connects or enqueues just now.
+        self._error = self._error or ClosedError("the ring was shut down by this process")
         self._host.close()
         with self._lock:
             if self._way is not None:
