@@ -144,7 +144,13 @@ def _join(env: WorkerEnv, config: Config) -> _Ring:
     if first is None:
         view = prospect(env, link.running)
         communicator = ElasticCommunicator(
-            view, AwaitingBackend(), regroup, config.recovery, on_step=link.report_step, joining=True
+            view,
+            AwaitingBackend(),
+            regroup,
+            config.recovery,
+            on_step=link.report_step,
+            joining=True,
+            least=link.least,
         )
         return _Ring(communicator, regroup, None, os.getpid())
     view, formed = first
@@ -152,7 +158,7 @@ def _join(env: WorkerEnv, config: Config) -> _Ring:
         print(f"ringps: {formed.summary}", file=sys.stderr)
     if link.elastic:
         communicator = ElasticCommunicator(
-            view, formed.backend, regroup, config.recovery, on_step=link.report_step
+            view, formed.backend, regroup, config.recovery, on_step=link.report_step, least=link.least
         )
     else:
         communicator = Communicator(view, formed.backend, on_step=link.report_step)

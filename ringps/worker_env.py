@@ -15,6 +15,10 @@ SUSPENDED_CODE = 75
 """What a worker exits with, and then the launcher and the coordinator, when the job stopped at a checkpoint
 and the same command goes on from there: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
+FAILED_CODE = 70
+"""What the launcher in a pod exits with when the whole job failed for good, whatever its worker exited with:
+EX_SOFTWARE of sysexits.h."""
+
 CHECKPOINT_DIR = "RINGPS_CHECKPOINT_DIR"
 """The variable that `checkpoint_dir` reads."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 
 import pytest
 
@@ -17,3 +19,14 @@ def require(condition: bool, why: str) -> None:
     if os.environ.get("RINGPS_TEST_NO_SKIP") == "1":
         pytest.fail(f"cannot run here: {why} (and RINGPS_TEST_NO_SKIP=1)")
     pytest.skip(why)
+
+
+def free_pair() -> int:
+    """A port that is free like the next one: a coordinator takes both, and its successor again."""
+    while True:
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            port = int(a.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                b.bind(("127.0.0.1", port + 1))
+                return port

@@ -9,11 +9,12 @@ into a session of its own is the worker's to end.)
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ringps import worker_env
@@ -22,6 +23,7 @@ from ringps.membership import (
     Assignment,
     CoordinatorBack,
     CoordinatorLost,
+    Evict,
     Expel,
     JobDone,
     JobEvent,
@@ -44,6 +46,7 @@ from ringps_launcher.tools import Tools
 
 _PATIENCE_S = 2.0
 _CANNOT_START = 126
+_EVER_S = 1e7
 _VERDICT_MARGIN_S = 2.0  # the coordinator itself waits for heartbeat_timeout_s until it is certain
 
 
@@ -57,6 +60,8 @@ class Meeting:
     """Whether this launcher is the whole job."""
     patience_s: float
     """How long a coordinator that is not there is waited for, beyond `connect_timeout_s`."""
+    place: int | None = None
+    """In a pod: the id of its worker."""
 
 
 class Attempt:
@@ -76,6 +81,8 @@ class Attempt:
         self._environ = environ
         self._tools = tools
         self._timeouts = worker_env.configure(environ).timeouts
+        if meeting.place is not None:  # its pod stays as long as the job, however long others are away
+            self._timeouts = replace(self._timeouts, rendezvous_timeout_s=_EVER_S)
         self._meeting = meeting
         self._stack = stack
         self._inbox: deque[LauncherMessage] = deque()
@@ -120,7 +127,11 @@ class Attempt:
         tried = False
         while True:
             self._link = LauncherLink(
-                self._meeting.site.coordinator, self._meeting.key, self._timeouts, self._receive
+                self._meeting.site.coordinator,
+                self._meeting.key,
+                self._timeouts,
+                self._receive,
+                place=self._meeting.place,
             )
             self._stack.callback(self._link.close)
             try:
@@ -130,9 +141,12 @@ class Attempt:
                 if left_s <= 0:
                     raise
                 if not tried:
-                    self._tools.console.say(f"{error}; trying again for {left_s:.0f} s")
+                    how_long = f" for {left_s:.0f} s" if left_s < _EVER_S / 2 else ""
+                    self._tools.console.say(f"{error}; trying again{how_long}")
                 tried = True
                 self._link.close()
+                if self._tools.stops:
+                    return None
 
     def _wait_for_assignment(self, master_port: int) -> Assignment | None:
         tools, site = self._tools, self._meeting.site
@@ -179,6 +193,7 @@ class Attempt:
             verdict_s=self._timeouts.heartbeat_timeout_s + _VERDICT_MARGIN_S,
             replacements=replacements,
             alone=self._meeting.alone,
+            stays=self._meeting.place is not None,
         )
         self.started_s = time.monotonic()
         for seat in seats:
@@ -270,6 +285,9 @@ class Attempt:
                 self._decide(stimuli.Replaceable(worker_id=worker_id, reason=reason))
             case Expel(worker_id=worker_id, pid=pid, reason=reason):
                 self._decide(stimuli.Expel(worker_id=worker_id, pid=pid, reason=reason))
+            case Evict(reason=reason):
+                self._tools.console.say(f"asked to leave: {reason}")
+                self._tools.stops.append(signal.SIGTERM)
             case CoordinatorLost():
                 self._decide(stimuli.CoordinatorLost())
             case CoordinatorBack():

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ringps.errors import RingpsError
 from ringps_launcher.job import Job
+from ringps_launcher.kubernetes import options as kubernetes
 from ringps_launcher.options import Options
 
 _USAGE_ERROR = 2
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoints(
         commands.add_parser("checkpoints", help="list, verify or export checkpoints", allow_abbrev=False)
     )
+    kubernetes.add_commands(commands)
     return parser
 
 
@@ -126,6 +128,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="where the other machines reach this one (default: found out)",
     )
     add("--host", metavar="NAME", help="this machine's name in messages (default: its host name)")
+    add(
+        "--pod",
+        action="store_true",
+        help="this launcher is a pod of a cluster: with --join and --worker-id, it waits for a coordinator "
+        "as long as it takes, and ends when the job does (`ringps submit` writes this)",
+    )
+    add("--worker-id", type=_step, metavar="ID", help="of the first worker here; goes with --pod")
     add("--events", metavar="FILE", help="append what happens, one JSON object a line")
     add("--log-dir", metavar="DIR", help="write each rank's output to DIR/rank-R.log too, over older ones")
     add(
@@ -171,6 +180,18 @@ def _add_coordinator(parser: argparse.ArgumentParser) -> None:
     )
     add("--encrypt-data", action="store_true", help="encrypt data connections too, not only control")
     add("--events", metavar="FILE", help="append what happens, one JSON object a line")
+    add(
+        "--pod",
+        metavar="NAME",
+        help="this is the coordinator's pod of the job NAME in a cluster (`ringps submit` writes this)",
+    )
+    add(
+        "--dead-node-s",
+        type=_seconds,
+        metavar="SECONDS",
+        default=20.0,
+        help="with --pod: for how long a node must be dead before its pods are deleted (default: 20)",
+    )
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +248,8 @@ def _run(options: argparse.Namespace) -> int:
         _check_script(options.script)
     if (options.join is None) != (options.key_file is None):
         raise UsageError("--join and --key-file go together", "ringps run")
+    if options.pod != (options.worker_id is not None) or (options.pod and options.join is None):
+        raise UsageError("--pod, --worker-id and --join go together", "ringps run")
     if options.address is not None and options.join is None:
         raise UsageError("--address goes with --join", "ringps run")
     if options.join is not None and options.min_workers is not None:
@@ -254,6 +277,7 @@ def _run(options: argparse.Namespace) -> int:
             join=options.join,
             key_file=options.key_file,
             address=options.address,
+            place=options.worker_id,
             events=options.events,
             log_dir=options.log_dir,
         ),
@@ -263,20 +287,24 @@ def _run(options: argparse.Namespace) -> int:
 
 def _coordinator(options: argparse.Namespace) -> int:
     _check_min_workers(options, "ringps coordinator")
+    if options.pod is not None and options.workers is None:
+        raise UsageError("with --pod, give the number of workers (-n)", "ringps coordinator")
     from ringps_launcher import coordinate
 
-    return coordinate.serve(
-        coordinate.Options(
-            bind=options.bind,
-            key_file=options.key_file,
-            workers=options.workers,
-            min_workers=options.min_workers,
-            max_restarts=options.max_restarts,
-            encrypt_data=options.encrypt_data,
-            events=options.events,
-        ),
-        os.environ,
+    chosen = coordinate.Options(
+        bind=options.bind,
+        key_file=options.key_file,
+        workers=options.workers,
+        min_workers=options.min_workers,
+        max_restarts=options.max_restarts,
+        encrypt_data=options.encrypt_data,
+        events=options.events,
     )
+    if options.pod is None:
+        return coordinate.serve(chosen, os.environ)
+    from ringps_launcher.kubernetes import coordinator_pod
+
+    return coordinator_pod.serve(options.pod, chosen, options.dead_node_s, os.environ)
 
 
 def _check_min_workers(options: argparse.Namespace, program: str) -> None:

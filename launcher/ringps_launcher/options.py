@@ -24,6 +24,10 @@ class Options:
     address: str | None = None
     """IP address at which the other machines reach this one; None to find it out."""
 
+    place: int | None = None
+    """In a pod of a cluster: the id of its worker. Then this launcher outlives coordinators and starts of the
+    ring, and ends when the job does or its pod must go."""
+
     events: str | None = None
     """The events file."""
 

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from ringps.errors import SetupError
@@ -87,14 +88,24 @@ def open_sinks(stdout: int = 1, stderr: int = 2) -> tuple[Sink, Sink]:
     return out, out if same else Sink(stderr)
 
 
+def prefix_of(rank: int, *, coloured: bool) -> bytes:
+    """What stands before each line of this rank."""
+    prefix = f"[{rank}]"
+    if coloured:
+        prefix = f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m"
+    return prefix.encode() + b" "
+
+
+def wants_colour(environ: Mapping[str, str]) -> bool:
+    """Whether terminals get colours: see https://no-color.org."""
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
 class Stream:
     """The way of one worker's stdout or stderr to a sink."""
 
     def __init__(self, rank: int, sink: Sink, *, coloured: bool) -> None:
-        prefix = f"[{rank}]"
-        if coloured and sink.is_terminal:
-            prefix = f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m"
-        self._prefix = prefix.encode() + b" "
+        self._prefix = prefix_of(rank, coloured=coloured and sink.is_terminal)
         self._sink = sink
         self._lines = LineSplitter()
 

@@ -19,8 +19,8 @@ class Planned:
     """Its number among the replacements of this worker, from 1."""
     delay_s: float
     due_s: float
-    restarts_left: int
-    """Of all workers of this launcher, after this one."""
+    restarts_left: int | None
+    """Of all workers of this launcher, after this one; None where the coordinator counts."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Replacements:
 
     def __init__(
         self,
-        max_restarts: int,
+        max_restarts: int | None,
         *,
         spent: int = 0,
         first_delay_s: float = 0.2,
@@ -47,7 +47,7 @@ class Replacements:
     ) -> None:
         """
         Args:
-            max_restarts: replacements of all workers together.
+            max_restarts: replacements of all workers together; None where the coordinator counts them.
             spent: how many of them went into earlier starts of the ring.
             first_delay_s: from a loss to the start of the replacement; doubles with each
                 replacement of the same worker that fails quickly.
@@ -76,7 +76,7 @@ class Replacements:
     @property
     def left(self) -> int:
         """How much of the budget is left."""
-        return max(0, self._max_restarts - self._planned)
+        return 1 if self._max_restarts is None else max(0, self._max_restarts - self._planned)
 
     @property
     def waiting(self) -> frozenset[int]:
@@ -94,8 +94,9 @@ class Replacements:
         Returns:
             The plan, or None if there is to be no replacement; and the reason in words.
         """
-        if self._planned >= self._max_restarts:
-            return None, f"the restarts are used up (--max-restarts {self._max_restarts}), the others go on"
+        most = self._max_restarts
+        if most is not None and self._planned >= most:
+            return None, f"the restarts are used up (--max-restarts {most}), the others go on"
         self._planned += 1
         record = self._records.setdefault(worker_id, _Record())
         # Bounded, because a float is: the longest delay is reached long before.
@@ -103,7 +104,7 @@ class Replacements:
         delay_s = min(self._longest_delay_s, self._first_delay_s * 2.0**doublings)
         record.restarts += 1
         record.quick_failures += 1
-        left = self._max_restarts - self._planned
+        left = None if most is None else most - self._planned
         planned = Planned(
             worker_id=worker_id,
             restart=record.restarts,
@@ -112,7 +113,8 @@ class Replacements:
             restarts_left=left,
         )
         self._waiting[worker_id] = planned
-        return planned, f"a new one starts in {delay_s:g} s ({left} of {self._max_restarts} restarts left)"
+        words = "" if left is None else f" ({left} of {most} restarts left)"
+        return planned, f"a new one starts in {delay_s:g} s{words}"
 
     def take_due(self, now_s: float) -> list[Planned]:
         """The replacements whose time has come. They count as started."""

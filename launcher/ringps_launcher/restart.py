@@ -82,6 +82,7 @@ class Supervision:
         verdict_s: float,
         replacements: Replacements,
         alone: bool,
+        stays: bool = False,
     ) -> None:
         """
         Args:
@@ -92,6 +93,8 @@ class Supervision:
             replacements: whether and when lost workers are replaced.
             alone: whether these workers are the whole job, so that `replacements` has the budget also for
                 starting the whole ring again. Otherwise the coordinator has one.
+            stays: wait for a coordinator however long it is away, and for its word: another one takes its
+                place. Else what is known here decides after a while.
         """
         self._ranks = dict(ranks)
         self._running: dict[int, int | None] = dict.fromkeys(ranks)
@@ -100,6 +103,7 @@ class Supervision:
         self._verdict_s = verdict_s
         self._replacements = replacements
         self._alone = alone
+        self._stays = stays
         self._phase = Phase.RUNNING
         self._deadline_s: float | None = None
         self._losses = Losses()
@@ -118,8 +122,8 @@ class Supervision:
         """Whether the coordinator would have the ring started again."""
         self._stop: int | None = None
         """The signal that ends the job, if one does."""
-        self._stop_asked_for = False
-        """Whether one came at all, be it after the job had failed."""
+        self._stop_asked_for: int | None = None
+        """The signal that asked for it, be it after the job had failed."""
         self._job_done: JobDone | None = None
         self._coordinator_lost = False
 
@@ -156,8 +160,10 @@ class Supervision:
         if failure is None and self._job_done is None:
             failure = self._failure_here()
         if failure is not None:
+            if self._stays and self._restarts and self._stop_asked_for is not None:
+                return Outcome(code=128 + self._stop_asked_for, signal=self._stop_asked_for)
             # A worker that left early with 0 can be the cause; the job failed all the same.
-            restarts = self._restarts and not self._stop_asked_for
+            restarts = self._restarts and self._stop_asked_for is None
             return Outcome(code=failure.code or 1, failure=failure, restarts=restarts)
         return Outcome(code=0, losses=self._losses.survived, replaced=replaced)
 
@@ -337,7 +343,7 @@ class Supervision:
         return self._settle(now_s)
 
     def _stop_asked(self, event: StopAsked, now_s: float) -> list[Action]:
-        self._stop_asked_for = True
+        self._stop_asked_for = event.number
         failed = self._verdict is not None or self._word_due_s is not None
         if self._phase in (Phase.RUNNING, Phase.WAITING) and not failed:
             self._stop = event.number
@@ -364,7 +370,7 @@ class Supervision:
             return [*self._say_who_is_late(), *self._terminate(now_s)]
         if self._phase is Phase.STOPPING:
             return self._kill(f"not gone {self._grace_s:g} s after SIGTERM")
-        if self._phase is Phase.WAITING and self._stop is None and not self._losses.unjudged:
+        if self._phase is Phase.WAITING and self._stop is None and (self._stays or not self._losses.unjudged):
             self._deadline_s = None
             return [Say(text="no worker runs here any more; waiting for those of the other machines")]
         return self._end() if self._phase is Phase.WAITING else []
@@ -372,7 +378,7 @@ class Supervision:
     @property
     def _word_due_s(self) -> float | None:
         """When the coordinator's word on a failure is overdue; None while none is awaited."""
-        if self._phase not in (Phase.RUNNING, Phase.WAITING):
+        if self._stays or self._phase not in (Phase.RUNNING, Phase.WAITING):
             return None
         return self._losses.word_due_s
 
@@ -403,15 +409,16 @@ class Supervision:
 
     def _settle(self, now_s: float) -> list[Action]:
         """Once no worker is left here, end as soon as it is known how the whole job went."""
-        to_come = self._replacements.waiting and not self._coordinator_lost
+        without_word = self._coordinator_lost and not self._stays
+        to_come = self._replacements.waiting and not without_word
         if self._running or to_come or self._phase is Phase.ENDED:
             return []
-        if self._verdict or self._job_done or self._coordinator_lost:
+        if self._verdict or self._job_done or without_word:
             return self._end()
         if self._stop is not None and not self._suspended:
             return self._end()
         if self._phase is not Phase.WAITING:
-            for_word = self._stop is not None or self._losses.unjudged
+            for_word = self._stop is not None or (self._losses.unjudged and not self._stays)
             self._enter(Phase.WAITING, now_s + (self._verdict_s if for_word else PATIENCE_S))
         return []
 
@@ -428,7 +435,7 @@ class Supervision:
     def _will_start_again(self) -> bool:
         """Whether the workers end only to be started again, as far as is known."""
         affordable = not self._alone or self._replacements.left > 0
-        return self._restarts and not self._stop_asked_for and affordable
+        return self._restarts and self._stop_asked_for is None and affordable
 
     def _failure_here(self) -> Failure | None:
         """How it went by what is known here, without a word of the coordinator on the whole job."""

@@ -168,7 +168,7 @@ class Restarting:
 
     worker_id: int
     delay_s: float
-    restarts_left: int
+    restarts_left: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Each start of the ring is an `attempt.Attempt`. After a failure that the ring does not survive, the
 whole ring may be started again, from the latest checkpoint. Of a job on this machine alone this
-launcher decides on that, otherwise the coordinator does. Nothing is left behind on any way out: if
+launcher decides on that, otherwise the coordinator does. In a pod of a cluster the launcher also waits
+for the next start when the job stopped because others had to go. Nothing is left behind on any way out: if
 this process is killed itself, its guard kills the workers.
 """
 
@@ -14,13 +15,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ringps import worker_env
-from ringps.membership import Coordinator, CoordinatorSettings, JobKey, RingRestarts
+from ringps.membership import (
+    Coordinator,
+    CoordinatorSettings,
+    JobDone,
+    JobEnded,
+    JobFailed,
+    JobKey,
+    RingRestarts,
+)
 from ringps_launcher import outcome as ends
 from ringps_launcher import rendezvous
 from ringps_launcher.attempt import Attempt, Meeting
 from ringps_launcher.job import Job
 from ringps_launcher.options import Options
-from ringps_launcher.outcome import Outcome
+from ringps_launcher.outcome import Failure, Outcome
 from ringps_launcher.rendezvous import Site
 from ringps_launcher.replacement import Replacements
 from ringps_launcher.tools import Tools
@@ -68,7 +77,10 @@ class Launcher:
                 meeting, coordinator = self._meet(stack)
                 attempt = Attempt(self._job, self._options, self._environ, self._tools, meeting, stack)
                 replacements = self._replacements()
-                outcome = attempt.run(replacements, self._standing.starts + self._standing.replaced)
+                try:
+                    outcome = attempt.run(replacements, self._standing.starts + self._standing.replaced)
+                except JobEnded as ended:
+                    outcome = _of_verdict(ended.verdict)
                 again, outlook = self._plan_another(attempt, outcome, replacements)
                 if again is None:
                     return self._finish(outcome, attempt.last_line(outcome, outlook))
@@ -89,7 +101,10 @@ class Launcher:
             assert options.key_file is not None
             site, key = rendezvous.join(options.join, options.key_file, options.host, options.address)
             patience_s = self._timeouts.rendezvous_timeout_s if standing.starts else 0.0
-            return Meeting(site=site, key=key, alone=False, patience_s=patience_s), None
+            if options.place is not None:
+                patience_s = float("inf")
+            meeting = Meeting(site=site, key=key, alone=False, patience_s=patience_s, place=options.place)
+            return meeting, None
         self._own_key = self._own_key or rendezvous.make_key(self._tools.guard)
         key, key_file = self._own_key
         settings = CoordinatorSettings(
@@ -111,6 +126,8 @@ class Launcher:
         return Meeting(site=site, key=key, alone=True, patience_s=0.0), coordinator
 
     def _replacements(self) -> Replacements:
+        if self._options.place is not None:
+            return Replacements(None)
         spent = self._standing.replaced + (self._standing.starts if self._alone else 0)
         return Replacements(self._job.max_restarts, spent=spent)
 
@@ -121,6 +138,9 @@ class Launcher:
         words, which the user has been told of in the first case."""
         self._standing.replaced += replacements.started
         failure = outcome.failure
+        if self._options.place is not None and outcome.suspended and outcome.signal is None:
+            self._tools.console.say(f"{ends.stopped_at(outcome.saved)}; waiting for the others")
+            return 0.0, ""
         if failure is None or not outcome.restarts:
             return None, ""
         if not self._alone:
@@ -151,4 +171,20 @@ class Launcher:
             console.say(line)
         limit_s = None if outcome.signal is None else self._job.grace_s
         console.finish(limit_s, give_up=lambda: bool(self._tools.stops))
+        if self._options.place is not None and outcome.failure is not None:
+            return worker_env.FAILED_CODE
         return outcome.code
+
+
+def _of_verdict(verdict: JobFailed | JobDone) -> Outcome:
+    """How a job ended that this launcher came too late for."""
+    if isinstance(verdict, JobDone):
+        return Outcome(code=0, suspended=verdict.suspended)
+    failure = Failure(
+        worker_id=verdict.worker_id,
+        rank=verdict.rank,
+        host=verdict.host,
+        code=verdict.code,
+        reason=verdict.reason,
+    )
+    return Outcome(code=failure.code, failure=failure, restarts=verdict.restarts)

@@ -15,7 +15,7 @@ from ringps_launcher.events import Journal
 from ringps_launcher.guard import Guard
 from ringps_launcher.loop import Loop, stop_signals
 from ringps_launcher.options import Options
-from ringps_launcher.output import Logs
+from ringps_launcher.output import Logs, wants_colour
 
 
 class Tools:
@@ -31,7 +31,7 @@ class Tools:
         self.loop = Loop()
         stack.callback(self.loop.close)
         self.loop.catch_signals(stop_signals(), self.stops.append)
-        self.console = Console(self.loop, coloured=_wants_colour(environ))
+        self.console = Console(self.loop, coloured=wants_colour(environ))
         stack.callback(self.console.say_what_is_logged())
         self.journal = Journal(options.events, self.console.say)
         stack.callback(self.journal.close)
@@ -71,8 +71,3 @@ def _make_log_dir(path: str) -> None:
         raise SetupError(f"cannot make the log directory {path}: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise SetupError(f"the log directory {path} is not writable; choose another --log-dir")
-
-
-def _wants_colour(environ: Mapping[str, str]) -> bool:
-    """See https://no-color.org."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"

@@ -72,6 +72,11 @@ class Communicator:
         return False
 
     @property
+    def least(self) -> int:
+        """With how many members the ring still goes on."""
+        return self.world_size
+
+    @property
     def joining(self) -> bool:
         """Whether this worker has yet to get the state of the ring that it joins."""
         return False

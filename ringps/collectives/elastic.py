@@ -132,6 +132,7 @@ class ElasticCommunicator(Communicator):
         *,
         on_step: Callable[[int], None] | None = None,
         joining: bool = False,
+        least: int = 1,
     ) -> None:
         """
         Args:
@@ -141,9 +142,11 @@ class ElasticCommunicator(Communicator):
             recovery: settings.
             on_step: called with the number of each step that was applied.
             joining: this worker has yet to get the ring's state, and `enter` it.
+            least: with how many members the ring still goes on.
         """
         super().__init__(generation, backend, on_step=on_step)
         self._joining = joining
+        self._least = least
         self._raw = Communicator(generation, backend)
         self._membership = membership
         self._recovery = recovery
@@ -164,6 +167,11 @@ class ElasticCommunicator(Communicator):
     def elastic(self) -> bool:
         """Whether members may come and go."""
         return True
+
+    @property
+    def least(self) -> int:
+        """With how many members the ring still goes on."""
+        return self._least
 
     @property
     def raw(self) -> Communicator:

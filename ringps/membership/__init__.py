@@ -10,25 +10,31 @@ from __future__ import annotations
 
 from ringps.membership.client import JobOver, Listener, WorkerLink
 from ringps.membership.coordinator import Coordinator, CoordinatorSettings, CoordinatorStatistics
+from ringps.membership.events import Charged, Fenced, Placed, Recorded, Vanished, Warned
 from ringps.membership.launcher_link import (
     CoordinatorBack,
     CoordinatorLost,
+    JobEnded,
     LauncherLink,
     LauncherMessage,
 )
 from ringps.membership.restarts import RingRestarts, starting_again
 from ringps.transport.keys import JobKey
-from ringps.wire.control import Assignment, Expel, JobDone, JobEvent, JobFailed, Replaceable
+from ringps.wire.control import Assignment, Evict, Expel, JobDone, JobEvent, JobFailed, Replaceable
 
 __all__ = [
     "Assignment",
+    "Charged",
     "Coordinator",
     "CoordinatorBack",
     "CoordinatorLost",
     "CoordinatorSettings",
     "CoordinatorStatistics",
+    "Evict",
     "Expel",
+    "Fenced",
     "JobDone",
+    "JobEnded",
     "JobEvent",
     "JobFailed",
     "JobKey",
@@ -36,8 +42,12 @@ __all__ = [
     "LauncherLink",
     "LauncherMessage",
     "Listener",
+    "Placed",
+    "Recorded",
     "Replaceable",
     "RingRestarts",
+    "Vanished",
+    "Warned",
     "WorkerLink",
     "starting_again",
 ]

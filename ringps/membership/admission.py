@@ -70,7 +70,8 @@ def member_adopted_as(state: JobState, hello: Hello) -> Worker | None:
     worker = state.roster.get(hello.worker_id)
     if worker is None or worker.session or worker.exited is not None or worker.vacant:
         return None
-    return worker if worker.adopted and worker.pid == hello.pid else None
+    same = (worker.host, worker.pid) == (hello.host, hello.pid)
+    return worker if worker.adopted and same else None
 
 
 def _short(program: str) -> str:

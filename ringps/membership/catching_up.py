@@ -6,7 +6,7 @@ from ringps.membership.ending import Ending
 from ringps.membership.roster import JOINERS, Worker
 from ringps.membership.state import JobState
 from ringps.membership.succession import Succession
-from ringps.wire.control import AllLeft, Waiting, Welcome, clip
+from ringps.wire.control import AllLeft, Evict, Waiting, Welcome, clip
 
 
 def catch_up(state: JobState, succession: Succession, worker: Worker) -> None:
@@ -16,6 +16,7 @@ def catch_up(state: JobState, succession: Succession, worker: Worker) -> None:
     welcome = Welcome(
         heartbeat_port=state.settings.heartbeat_port,
         elastic=state.elastic,
+        min_workers=state.settings.min_workers or 0,
         running=max(1, len(ring.remaining)) if joins else 0,
     )
     state.out.tell(worker, welcome)
@@ -28,11 +29,24 @@ def catch_up(state: JobState, succession: Succession, worker: Worker) -> None:
         state.out.tell(worker, AllLeft(generation=ring.number))
 
 
+def warnings(state: JobState) -> list[Evict]:
+    """What launchers are to be told whose machines are about to be taken away."""
+    told = []
+    for offer in state.plan.offers:
+        reason = state.surroundings.warning_of(offer.hello.host)
+        if reason is not None:
+            told.append(Evict(worker_id=offer.first_worker_id, reason=clip(reason)))
+    return told
+
+
 def catch_up_launcher(state: JobState, succession: Succession, ending: Ending, session: str) -> None:
     """Tell a launcher all that concerns it."""
     state.out.send_to(session, Waiting(reason=clip(state.plan.waiting_for())))
     if state.plan.complete:
         state.out.send_to(session, state.plan.assignment(session))
     succession.catch_up_launcher(session)
-    if ending.verdict is not None:
+    for evict in warnings(state):
+        if state.plan.owns(session, evict.worker_id):
+            state.out.send_to(session, evict)
+    if ending.verdict is not None and ending.told:
         state.out.send_to(session, ending.verdict)

@@ -148,6 +148,11 @@ class WorkerLink:
         return self._welcome is not None and self._welcome.elastic
 
     @property
+    def least(self) -> int:
+        """With how many members an elastic ring still goes on."""
+        return 1 if self._welcome is None else max(1, self._welcome.min_workers)
+
+    @property
     def running(self) -> int:
         """How many members the ring has that this worker is to join; 0 for a first formation."""
         return 0 if self._welcome is None else self._welcome.running

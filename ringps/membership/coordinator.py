@@ -9,13 +9,14 @@ a holder of the job key can send one.)
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -33,8 +34,10 @@ from ringps.membership.events import (
     Emit,
     Event,
     Finish,
+    Outside,
     QuorumSettings,
     Received,
+    Record,
     Refuse,
     Send,
     StartAgain,
@@ -42,6 +45,7 @@ from ringps.membership.events import (
 )
 from ringps.membership.quorum import Quorum
 from ringps.membership.restarts import RingRestarts
+from ringps.membership.surroundings import Budget, Surroundings
 from ringps.transport.keys import JobKey
 from ringps.transport.zap import ZapResponder
 from ringps.wire.control import (
@@ -106,6 +110,17 @@ class CoordinatorSettings:
     """Number of the first generation: `next_generation` of the coordinator before, where the whole ring
     is started again with this one."""
 
+    pods: bool = False
+    """Whether launchers are pods of a cluster: each comes with its worker ids and may be replaced at any
+    time. The job goes on, with new starts of its ring, until it is done, or `max_restarts` workers have
+    failed by themselves; it needs a `world_size`."""
+
+    failures: int = 0
+    """Of pods: how many workers have failed under earlier coordinators."""
+
+    verdict: str = ""
+    """Of pods: how the job ended under an earlier coordinator, as `on_verdict` was told; "" if it did not."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65534:
             raise ValueError(f"port must be from 0 to 65534 (heartbeats take the next), not {self.port}")
@@ -120,6 +135,10 @@ class CoordinatorSettings:
             raise ValueError(f"max_restarts must be at least 0, not {self.max_restarts}")
         if self.first_generation < 1:
             raise ValueError(f"first_generation must be at least 1, not {self.first_generation}")
+        if self.pods and (self.world_size is None or self.max_restarts is None):
+            raise ValueError("with pods, the coordinator needs a world_size and max_restarts")
+        if self.failures < 0:
+            raise ValueError(f"failures must be at least 0, not {self.failures}")
         if not self.settle_s >= 0:
             raise ValueError(f"settle_s must be at least 0, not {self.settle_s}")
 
@@ -158,6 +177,7 @@ class Coordinator:
         settings: CoordinatorSettings,
         key: JobKey | None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_verdict: Callable[[str], None] | None = None,
     ) -> None:
         """Listen; `start` then serves.
 
@@ -165,6 +185,8 @@ class Coordinator:
             settings: where to listen, and what is known of the job.
             key: whoever holds it may take part; None admits every process of this machine.
             on_event: called on the coordinator's thread with every line for the events file.
+            on_verdict: of pods, called on the coordinator's thread with how the job ends. Nobody hears of it
+                before `tell(Recorded())`.
 
         Raises:
             AddressInUseError: a port is taken.
@@ -177,6 +199,8 @@ class Coordinator:
                 "give a key (--key-file), or listen on 127.0.0.1"
             )
         self._on_event = on_event
+        self._on_verdict = on_verdict
+        self._outside: deque[Outside] = deque()
         self._key = key
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -200,9 +224,16 @@ class Coordinator:
             timeouts=settings.timeouts,
             min_workers=settings.min_workers,
             first_generation=settings.first_generation,
+            pods=settings.pods,
+            verdict=settings.verdict,
         )
-        self._restarts = None if settings.max_restarts is None else RingRestarts(settings.max_restarts)
-        self._quorum = Quorum(self._settings, _new_token, self._restarts)
+        self._restarts = None
+        budget = None
+        if settings.max_restarts is not None:
+            self._restarts = RingRestarts(None if settings.pods else settings.max_restarts)
+            budget = Budget(settings.max_restarts, settings.failures) if settings.pods else None
+        self._surroundings = Surroundings(budget)
+        self._quorum = Quorum(self._settings, _new_token, self._restarts, self._surroundings)
         self._start_again_s: float | None = None
         self._frames_received = 0
         self._refused: Counter[str] = Counter()
@@ -237,6 +268,13 @@ class Coordinator:
         elif first:
             self._release(0.0)
         self._over.set()
+
+    def tell(self, event: Outside) -> None:
+        """What the cluster says. Any thread; nothing happens once the coordinator is closed."""
+        with self._lock:
+            if not self._closing:
+                self._outside.append(event)
+                os.eventfd_write(self._wake_fd, 1)
 
     @property
     def failure(self) -> JobFailed | None:
@@ -310,6 +348,10 @@ class Coordinator:
                     self._handle(Tick(), now_s)
                 self._publish()
                 poller.poll(1 + max(0, int((next_tick_s - time.monotonic()) * 1000)))
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+                while self._outside:
+                    self._handle(self._outside.popleft(), time.monotonic())
                 # Both sockets are drained before the next tick judges who is silent.
                 self._drain(self._heartbeat, HEARTBEATS, _beaten)
                 self._drain(self._control, TO_COORDINATOR, Received)
@@ -326,8 +368,9 @@ class Coordinator:
         """Serve the next start of the ring."""
         self._start_again_s = None
         waiting, first = self._quorum.waiting_launchers, self._quorum.next_generation
-        self._settings = replace(self._settings, first_generation=first)
-        self._quorum = Quorum(self._settings, _new_token, self._restarts)
+        self._settings = replace(self._settings, first_generation=first, again=True)
+        self._surroundings.recorded = False
+        self._quorum = Quorum(self._settings, _new_token, self._restarts, self._surroundings)
         for peer, hello in waiting:
             self._handle(Received(peer, hello), now_s)
 
@@ -383,6 +426,9 @@ class Coordinator:
                 self._suspended = suspended
                 self._publish()  # whoever waits for the end is to see all that led to it
                 self._over.set()
+            case Record(verdict):
+                assert self._on_verdict is not None
+                self._on_verdict(verdict)
             case StartAgain(delay_s):
                 self._start_again_s = time.monotonic() + delay_s
 

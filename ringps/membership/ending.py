@@ -24,8 +24,10 @@ class Ending:
         self._causes = RootCause(state.settings.timeouts.heartbeat_timeout_s)
         self._patient_until_s = float("inf")
         self._finished = False
-        self.verdict: JobFailed | JobDone | None = None
+        self.verdict: JobFailed | JobDone | None = _recalled(state.settings.verdict)
         """What the launchers are told in the end."""
+        self.told = self.verdict is not None
+        """Whether they have been."""
         self.restart: RingRestart | None = None
         """The next start of the ring that this coordinator is to serve; None if there is none."""
 
@@ -89,22 +91,47 @@ class Ending:
         if root is not None:
             worker = state.roster[root.worker_id]
             state.tell_step(now_s, at_once=True)
-            self.verdict = self._failed(worker, root, now_s)
-            state.out.send_all(state.plan.launchers, self.verdict)
-            self._patient_until_s = now_s + state.settings.timeouts.shutdown_timeout_s
+            self._decide(self._failed(worker, root, now_s))
         all_exited = state.plan.complete and self._all_exited(now_s)
+        if self.verdict is not None and not self.told:
+            self._tell(now_s)
         if self._causes.decided:
-            if all_exited or not state.launchers or now_s >= self._patient_until_s:
+            over = all_exited or not state.launchers or now_s >= self._patient_until_s
+            if self.told and over:
                 self._finish("a worker failed")
         elif self._causes.failed:
             pass  # which one was the root cause is about to be decided
-        elif all_exited and not self._finished:
+        elif all_exited and self.verdict is None:
             state.tell_step(now_s, at_once=True)
-            self.verdict = JobDone(suspended=self.suspended)
-            state.out.send_all(state.plan.launchers, self.verdict)
-            self._finish("all workers have exited")
-        elif state.ended and not state.launchers:
+            self._decide(JobDone(suspended=self.suspended))
+            self._tell(now_s)
+        elif state.ended and not state.launchers and not state.settings.pods:
             self._finish("all workers have left")
+
+    def _decide(self, verdict: JobFailed | JobDone) -> None:
+        """How the job, or this start of its ring, ends. Where other coordinators may follow on this one, none
+        of the workers must hear of the end of the job before those would."""
+        state = self._state
+        self.verdict = verdict
+        if not state.settings.pods or self.restart is not None:
+            state.surroundings.recorded = True
+        elif isinstance(verdict, JobFailed):
+            state.out.record(f"failed: {verdict.reason}")
+        elif verdict.suspended:
+            state.surroundings.recorded = True
+        else:
+            state.out.record("done")
+
+    def _tell(self, now_s: float) -> None:
+        state, verdict = self._state, self.verdict
+        if verdict is None or not state.surroundings.recorded:
+            return
+        self.told = True
+        state.out.send_all(state.plan.launchers, verdict)
+        if isinstance(verdict, JobDone):
+            self._finish("all workers have exited")
+        else:
+            self._patient_until_s = now_s + state.settings.timeouts.shutdown_timeout_s
 
     @property
     def suspended(self) -> bool:
@@ -113,7 +140,12 @@ class Ending:
 
     def _failed(self, worker: Worker, root: Failure, now_s: float) -> JobFailed:
         state, reason = self._state, root.reason
+        words = ""
+        if worker.exited is not None and not worker.exited.stopping and not worker.departed:
+            words = state.charge(worker, reason)
         restarts = self._restartable(worker)
+        if words and not restarts:
+            reason = f"{reason}; {words}"
         if restarts and state.restarts is not None:
             self.restart, words = state.restarts.plan(now_s)
             restarts = self.restart is not None
@@ -140,18 +172,24 @@ class Ending:
 
     def _restartable(self, worker: Worker) -> bool:
         """Whether the ring can be started again after this worker's failure: there are a checkpoint to go
-        on from and launchers that start workers, and nobody had asked it to stop."""
+        on from and launchers that start workers, and nobody had asked it to stop. Of pods, others follow on
+        them, with a checkpoint or without one, while the budget lasts."""
+        if self._state.settings.pods:
+            budget = self._state.surroundings.budget
+            return not (self._state.given_up or (budget is not None and budget.exhausted))
         asked = worker.departed or (worker.exited is not None and worker.exited.stopping)
         return self._state.resumable and bool(self._state.launchers) and not asked
 
     def _all_exited(self, now_s: float) -> bool:
-        roster = self._state.roster
-        if not self._state.survives:
-            return roster.exited() == self._state.plan.world_size
-        if not self._state.ended:
+        state, roster = self._state, self._state.roster
+        if not state.survives:
+            # A pod is gone with its launcher, and nobody is left to tell of the exit.
+            gone = roster.gone_without_word() if state.settings.pods else 0
+            return roster.exited() + gone == len(state.plan.expected)
+        if not state.ended:
             return False
         running = [worker for worker in roster.everybody() if worker.session and worker.exited is None]
-        if now_s >= self._patient_until_s:
+        if now_s >= self._patient_until_s or state.settings.pods:
             # Of those lost or told to go on the way, an exit that was not seen by now never will be.
             running = [worker for worker in running if worker.phase is Phase.LEFT and not worker.departed]
         return not running
@@ -162,5 +200,17 @@ class Ending:
         self._finished = True
         if self.restart is not None:
             self._state.out.start_again(self.restart.delay_s)
+        elif self._state.settings.pods and self.suspended and not self._causes.failed:
+            self._state.out.start_again(0.0)
         else:
             self._state.out.finish(reason, suspended=self.suspended and not self._causes.failed)
+
+
+def _recalled(verdict: str) -> JobFailed | JobDone | None:
+    """What an earlier coordinator wrote down."""
+    kind, _, reason = verdict.partition(": ")
+    if not kind:
+        return None
+    if kind == "done":
+        return JobDone()
+    return JobFailed(worker_id=0, rank=0, host="an earlier pod", code=1, reason=clip(reason))

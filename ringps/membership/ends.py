@@ -45,7 +45,10 @@ class Ends:
         if state.survives:
             worker = state.roster.of_process(exited.worker_id, exited.pid)
             if worker is None or worker.phase is Phase.AWAITED:
-                return self._succession.lose_unheard(exited)
+                refused = self._succession.lose_unheard(exited)
+                if refused is None and _failed_by_itself(exited):
+                    state.charge(Worker(exited.worker_id), exited.reason)
+                return refused
         assert worker is not None
         if worker.exited is not None or worker in self._early:
             return "exit reported before"
@@ -100,4 +103,10 @@ class Ends:
             reason = f"{reason} before it called ringps.shutdown()"
         if worker.failing is not None:
             reason = f"{reason}: {worker.failing.reason}"
+        if self._state.survives and _failed_by_itself(exited):
+            self._state.charge(worker, reason)
         self.fail(worker, reason + worker.shortfall, now_s, code=exited.code or 1)
+
+
+def _failed_by_itself(exited: WorkerExited) -> bool:
+    return not exited.stopping and exited.code not in (0, SUSPENDED_CODE)

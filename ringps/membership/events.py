@@ -34,6 +34,16 @@ class QuorumSettings:
     """Number of the first generation; above 1 where the whole ring was started before, and all earlier
     generations are over."""
 
+    pods: bool = False
+    """Whether launchers are pods of a cluster: each comes with its worker ids, may be replaced at any time,
+    and the job outlives them all. See `placed`."""
+
+    again: bool = False
+    """Of pods: whether this coordinator has served a start of the ring before this one."""
+
+    verdict: str = ""
+    """Of pods: how the job ended under an earlier coordinator, "done" or "failed: REASON"; else ""."""
+
 
 # Events.
 
@@ -58,7 +68,55 @@ class Tick:
     """Time went by."""
 
 
-Event = Received | Beaten | Tick
+@dataclass(frozen=True)
+class Fenced:
+    """Whether an arbiter says that no other coordinator may rule this job."""
+
+    held: bool
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a launcher's machine stands, from the largest failure domain to the smallest."""
+
+    host: str
+    place: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Warned:
+    """These machines are about to be taken away."""
+
+    pods: tuple[tuple[int, str], ...]
+    """Worker ids and the hosts where they run."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Vanished:
+    """This machine is gone for certain."""
+
+    host: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Charged:
+    """A worker's machine failed, which counts against the job's budget of restarts."""
+
+    worker_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The verdict is written down where the next coordinator finds it."""
+
+
+Outside = Fenced | Placed | Warned | Vanished | Charged | Recorded
+"""What the cluster tells a coordinator."""
+
+Event = Received | Beaten | Tick | Outside
 
 
 # Actions.
@@ -103,4 +161,11 @@ class StartAgain:
     delay_s: float
 
 
-Action = Send | Emit | Refuse | Finish | StartAgain
+@dataclass(frozen=True)
+class Record:
+    """Write the verdict down; once `Recorded` comes, everybody is told."""
+
+    verdict: str
+
+
+Action = Send | Emit | Refuse | Finish | StartAgain | Record

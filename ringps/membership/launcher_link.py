@@ -17,6 +17,7 @@ from ringps.transport.keys import JobKey
 from ringps.wire.control import (
     TO_LAUNCHER,
     Assignment,
+    Evict,
     Expel,
     JobDone,
     JobEvent,
@@ -46,7 +47,17 @@ class CoordinatorBack:
     """The coordinator, or one started in its place, answers again after `CoordinatorLost`."""
 
 
-LauncherMessage = JobEvent | JobFailed | JobDone | Replaceable | Expel | CoordinatorLost | CoordinatorBack
+class JobEnded(Exception):
+    """The job ended before this launcher could take part in it."""
+
+    def __init__(self, verdict: JobFailed | JobDone) -> None:
+        super().__init__("the job has ended")
+        self.verdict = verdict
+
+
+LauncherMessage = (
+    JobEvent | JobFailed | JobDone | Replaceable | Expel | Evict | CoordinatorLost | CoordinatorBack
+)
 
 
 class LauncherLink:
@@ -62,6 +73,8 @@ class LauncherLink:
         key: JobKey | None,
         timeouts: Timeouts,
         on_message: Callable[[LauncherMessage], None],
+        *,
+        place: int | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +82,10 @@ class LauncherLink:
             key: the job key; None for a job on loopback without one.
             timeouts: limits on waiting.
             on_message: called on the link's own thread; must return at once.
+            place: the first of this launcher's worker ids, if something else than the coordinator deals them
+                out. Then a coordinator that does not take this launcher back has it start anew.
         """
+        self._place = place
         self._on_message = on_message
         self._channel = ControlChannel(coordinator, key, timeouts, TO_LAUNCHER, self)
         self._rendezvous = Rendezvous(self._channel, timeouts)
@@ -98,6 +114,7 @@ class LauncherLink:
             AuthenticationError: the coordinator holds another key.
             RefusedError: the job has no room for this launcher, and why.
             SetupError: other launchers did not come within `rendezvous_timeout_s`.
+            JobEnded: the job is over.
             ClosedError: `close` was called meanwhile.
         """
         self._hello = LauncherHello(
@@ -108,6 +125,7 @@ class LauncherLink:
             encrypt_data=encrypt_data,
             first_worker_id=None,
             world_size=None,
+            place=self._place,
             session=new_session(),
         )
         self._rendezvous.greet(self._hello, Waiting)
@@ -155,12 +173,12 @@ class LauncherLink:
                 return  # it speaks of other workers than ours
         self._hear_again()
         match message:
-            case JobEvent() | Replaceable() | Expel():
+            case JobEvent() | Replaceable() | Expel() | Evict():
                 self._on_message(message)
+            case JobFailed() | JobDone() if self._assignment is None and self._place is not None:
+                self._rendezvous.fail(JobEnded(message))
             case JobFailed() | JobDone():
-                first, self._over = not self._over, True
-                if first:
-                    self._on_message(message)
+                self._end(message)
 
     def _on_answer(self, answer: Waiting | Refused | Assignment) -> None:
         """To our hello: the first one, or one with which we came back."""
@@ -170,6 +188,18 @@ class LauncherLink:
                     self._assignment = answer
                     self._greet_with_what_is_known()
             self._rendezvous.deliver(answer)
+        elif isinstance(answer, Refused) and self._place is not None:
+            assert self._hello is not None
+            self._end(
+                JobFailed(
+                    worker_id=self._place,
+                    rank=self._place,
+                    host=self._hello.host,
+                    code=1,
+                    reason=clip(f"the coordinator does not take us back: {answer.reason}"),
+                    restarts=True,
+                )
+            )
         elif isinstance(answer, Refused):
             coordinator = self._channel.coordinator
             self._lose(f"the coordinator at {coordinator} does not take us back: {answer.reason}")
@@ -180,6 +210,11 @@ class LauncherLink:
         self._rendezvous.fail(error)
         if self._assignment is not None:
             self._lose(str(error))
+
+    def _end(self, verdict: JobFailed | JobDone) -> None:
+        first, self._over = not self._over, True
+        if first:
+            self._on_message(verdict)
 
     def _lose(self, reason: str) -> None:
         if not self._lost and not self._over:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ringps.membership.events import Action, Emit, Finish, Refuse, Send, StartAgain
+from ringps.membership.events import Action, Emit, Finish, Record, Refuse, Send, StartAgain
 from ringps.membership.roster import Worker
 from ringps.wire.control import ToLauncher, ToWorker
 
@@ -67,6 +67,10 @@ class Outbox:
         peer = self._peers.peer_of(session)
         if peer is not None:
             self.send(peer, message)
+
+    def record(self, verdict: str) -> None:
+        """Have the verdict written down."""
+        self._actions.append(Record(verdict))
 
     def send_all(self, sessions: Iterable[str], message: ToLauncher) -> None:
         """To several sessions."""

@@ -10,7 +10,9 @@ from ringps.wire.rules import MAX_WORKERS
 
 
 @dataclass(frozen=True)
-class _Offer:
+class Offer:
+    """A launcher and what it was dealt."""
+
     session: str
     hello: LauncherHello
     first_worker_id: int = 0
@@ -31,7 +33,7 @@ class JobPlan:
     def __init__(self, world_size: int | None, settle_s: float) -> None:
         self._world_size = world_size
         self._settle_s = settle_s
-        self._offers: list[_Offer] = []
+        self._offers: list[Offer] = []
         self._last_offer_s = 0.0
         self._complete = False
         self._restored = False
@@ -63,6 +65,16 @@ class JobPlan:
         return tuple(offer.hello.host for offer in self._offers)
 
     @property
+    def offers(self) -> tuple[Offer, ...]:
+        """All launchers and what they were dealt."""
+        return tuple(self._offers)
+
+    @property
+    def expected(self) -> Collection[int]:
+        """The workers that the ring is made of when it forms for the first time."""
+        return range(self._world_size or 0)
+
+    @property
     def encrypt_data(self) -> bool:
         """Whether a launcher asked for encrypted data connections."""
         return any(offer.hello.encrypt_data for offer in self._offers)
@@ -83,7 +95,7 @@ class JobPlan:
         room = (self._world_size or MAX_WORKERS) - taken
         if hello.slots > room:
             return f"the job has room for {room} more workers, and this launcher offers {hello.slots}"
-        self._offers.append(_Offer(hello.session, hello))
+        self._offers.append(Offer(hello.session, hello))
         self._last_offer_s = now_s
         return None
 
@@ -166,7 +178,7 @@ class JobPlan:
             self._offers = []
         self._complete = self._restored = True
         self._world_size = world_size
-        self._offers.append(_Offer(hello.session, hello, first))
+        self._offers.append(Offer(hello.session, hello, first))
         self._offers.sort(key=lambda offer: offer.first_worker_id)
         return None
 
@@ -175,10 +187,10 @@ class JobPlan:
             first, slots = offer.first_worker_id, offer.hello.slots
             if hello.slots <= slots and all(first + at in abandoned for at in range(slots)):
                 self._evicted.append(offer.session)
-                parts = [_Offer(hello.session, hello, first)]
+                parts = [Offer(hello.session, hello, first)]
                 if hello.slots < slots:
                     rest = replace(offer.hello, slots=slots - hello.slots)
-                    parts.append(_Offer(offer.session, rest, first + hello.slots))
+                    parts.append(Offer(offer.session, rest, first + hello.slots))
                 self._offers[index : index + 1] = parts
                 return None
         return (
@@ -189,7 +201,7 @@ class JobPlan:
     def _slots(self) -> int:
         return sum(offer.hello.slots for offer in self._offers)
 
-    def _offer_of(self, worker_id: int) -> _Offer | None:
+    def _offer_of(self, worker_id: int) -> Offer | None:
         if self._complete:
             for offer in self._offers:
                 if 0 <= worker_id - offer.first_worker_id < offer.hello.slots:

@@ -22,7 +22,22 @@ from ringps.membership.admission import refusal
 from ringps.membership.catching_up import catch_up, catch_up_launcher
 from ringps.membership.ending import Ending
 from ringps.membership.ends import Ends
-from ringps.membership.events import Action, Beaten, Event, QuorumSettings, Received, Tick
+from ringps.membership.events import (
+    Action,
+    Beaten,
+    Charged,
+    Event,
+    Fenced,
+    Outside,
+    Placed,
+    QuorumSettings,
+    Received,
+    Recorded,
+    Tick,
+    Vanished,
+    Warned,
+)
+from ringps.membership.placed import PlacedPlan
 from ringps.membership.restarts import RingRestarts
 from ringps.membership.restoration import Restoration
 from ringps.membership.returning import NUMBERS_SKIPPED
@@ -39,7 +54,8 @@ from ringps.membership.roster import (
 )
 from ringps.membership.state import JobState
 from ringps.membership.succession import Succession
-from ringps.membership.waiting_room import REASON, WaitingRoom
+from ringps.membership.surroundings import Surroundings
+from ringps.membership.waiting_room import NEXT_START, WaitingRoom
 from ringps.wire.control import (
     Admitting,
     Ask,
@@ -48,6 +64,7 @@ from ringps.wire.control import (
     CallReport,
     Departing,
     Dispute,
+    Evict,
     Failing,
     FromLauncher,
     FromWorker,
@@ -78,6 +95,7 @@ GIVEN_UP = "checkpoints_given_up"
 
 NOTES = RESUMABLE | {
     GIVEN_UP,
+    "training",
     "straggler",
     "diverged",
     "recovered",
@@ -129,6 +147,7 @@ class Quorum:
         new_token: gives a fresh CURVE key pair, public and secret half, for each generation.
         restarts: how often the whole ring may be started again, over all quorums of the job; None if
             whoever serves the job counts that, and goes by `JobFailed.restarts`.
+        surroundings: what is known of the job's cluster, over all quorums of the job.
     """
 
     def __init__(
@@ -136,9 +155,10 @@ class Quorum:
         settings: QuorumSettings,
         new_token: Callable[[], tuple[str, str]],
         restarts: RingRestarts | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self._settings = settings
-        self._state = state = JobState(settings, new_token, restarts)
+        self._state = state = JobState(settings, new_token, restarts, surroundings)
         self._plan, self._roster, self._ring = state.plan, state.roster, state.ring
         self._peers, self._out, self._detector = state.peers, state.out, state.detector
         self._ending = Ending(state)
@@ -146,6 +166,7 @@ class Quorum:
         self._ends = Ends(state, self._succession, self._ending)
         self._restoration = Restoration(state, self._succession, self._ending)
         self._waiting_room = WaitingRoom()
+        self._missing = ""
 
     @property
     def generation(self) -> int:
@@ -186,6 +207,9 @@ class Quorum:
                 refused = self._on_message(peer, message, now_s)
                 if refused is None:
                     self._follow_up(now_s)
+            case _:
+                self._on_outside(event, now_s)
+                self._follow_up(now_s)
         if refused is not None:
             self._out.refuse(refused)
         return self._out.take()
@@ -329,6 +353,7 @@ class Quorum:
         details |= {"generation": self._ring.number, "worker_id": worker.worker_id}
         if name in RESUMABLE or name == GIVEN_UP:
             self._state.resumable = name != GIVEN_UP
+            self._state.given_up = name == GIVEN_UP
         self._state.emit(str(name), **details)
         return None
 
@@ -340,9 +365,12 @@ class Quorum:
         if hello.session not in self._state.launchers:
             if hello.session in self._peers:
                 return "session taken"
-            if self._ending.restart is not None:
-                return self._on_early_launcher(peer, hello)
-            if hello.first_worker_id is not None and self._settings.first_generation > 1:
+            early = self._why_early(hello)
+            if early is not None:
+                return self._on_early_launcher(peer, hello, early)
+            settings = self._settings
+            started_again = settings.again if settings.pods else settings.first_generation > 1
+            if hello.first_worker_id is not None and started_again:
                 reason = "the whole ring was started again, and its workers here are not in it: start anew"
                 self._out.send(peer, Refused(reason=reason))
                 return _OVER
@@ -352,6 +380,8 @@ class Quorum:
                 self._out.send(peer, Refused(reason=clip(detail)))
                 return "no room for this launcher"
             self._state.launchers.add(hello.session)
+            if self._settings.pods:
+                self._succeed(hello)
             for worker_id in abandoned:
                 if self._plan.owns(hello.session, worker_id):
                     self._roster[worker_id].reassigned = True
@@ -361,17 +391,57 @@ class Quorum:
         catch_up_launcher(self._state, self._succession, self._ending, hello.session)
         return None
 
-    def _on_early_launcher(self, peer: bytes, hello: LauncherHello) -> str | None:
-        """It has come for the next start of the ring."""
-        refused = self._waiting_room.enter(peer, hello)
+    def _why_early(self, hello: LauncherHello) -> str | None:
+        """Why this launcher has to wait before it can take part; None if it need not."""
+        if self._ending.restart is not None:
+            return NEXT_START
+        plan = self._plan
+        if not isinstance(plan, PlacedPlan) or hello.place is None:
+            return None
+        if self._ring.lost is not None or self._ending.verdict is not None or self._state.ended:
+            return "the ring is about to end"
+        return plan.busy(hello, self._holder)
+
+    def _holder(self, worker_id: int) -> str | None:
+        """The host of the process that has this worker id."""
+        if worker_id in self._state.forsaken:
+            return "a pod that failed"
+        worker = self._roster.get(worker_id)
+        if worker is None or worker.phase is Phase.AWAITED:
+            return None
+        return None if worker.vacant and self._state.survives else worker.host
+
+    def _succeed(self, hello: LauncherHello) -> None:
+        """This launcher is there in the place of others, whose processes nobody will report any more."""
+        for at in range(hello.slots):
+            worker = self._roster.get((hello.place or 0) + at)
+            if worker is not None and worker.host != hello.host:
+                worker.pid = 0
+
+    def _seat_waiting(self, now_s: float) -> None:
+        """Launchers whose time has come."""
+        for peer, hello in self._waiting_room.all():
+            verdict = self._ending.verdict
+            if verdict is not None and self._ending.told and self._ending.restart is None:
+                self._waiting_room.leave(peer)
+                self._out.send(peer, verdict)
+            elif self._why_early(hello) is None:
+                self._waiting_room.leave(peer)
+                refused = self._on_launcher_hello(peer, hello, now_s)
+                if refused is not None:
+                    self._out.refuse(refused)
+
+    def _on_early_launcher(self, peer: bytes, hello: LauncherHello, reason: str) -> str | None:
+        """It has come for the next start of the ring, or for a place that is taken."""
+        refused = self._waiting_room.enter(peer, hello, reason)
         if refused is None:
-            self._out.send(peer, Waiting(reason=REASON))
+            self._out.send(peer, Waiting(reason=clip(reason)))
         return refused
 
     def _on_waiting_launcher(self, peer: bytes, message: FromWorker | FromLauncher) -> str | None:
         match message:
             case Ask():
-                self._out.send(peer, Waiting(reason=REASON))
+                self._out.send(peer, Waiting(reason=clip(self._waiting_room.reason_of(peer))))
             case LauncherLeaving():
                 self._waiting_room.leave(peer)
             case _:
@@ -425,6 +495,40 @@ class Quorum:
         self._state.step = max(self._state.step, beat.step)
         return None
 
+    # The cluster.
+
+    def _on_outside(self, event: Outside, now_s: float) -> None:
+        around = self._state.surroundings
+        match event:
+            case Fenced(held=held):
+                around.fenced = held
+            case Placed(host=host, place=place):
+                around.put(host, place)
+            case Warned(pods=pods, reason=reason):
+                fresh = {host for _, host in pods if around.warn(host, reason)}
+                for offer in self._plan.offers:
+                    if offer.hello.host in fresh:
+                        evict = Evict(worker_id=offer.first_worker_id, reason=clip(reason))
+                        self._out.send_to(offer.session, evict)
+            case Vanished(host=host, reason=reason):
+                for worker in self._roster.inside(BEATING):
+                    if worker.host == host:
+                        self._vanish(worker, reason, now_s)
+            case Charged(worker_id=worker_id, reason=reason):
+                if worker_id < (self._plan.world_size or 0):
+                    self._state.charge(self._roster[worker_id], reason)
+            case Recorded():
+                around.recorded = True
+
+    def _vanish(self, worker: Worker, reason: str, now_s: float) -> None:
+        """A worker's machine is gone."""
+        exited = WorkerExited(
+            worker_id=worker.worker_id, pid=worker.pid, code=1, reason=clip(reason), stopping=True
+        )
+        if worker.phase is not Phase.LEFT:
+            self._ends.fail(worker, reason, now_s, code=1)
+        worker.exited = worker.exited or exited
+
     # What follows from the state as it now is.
 
     def _follow_up(self, now_s: float) -> None:
@@ -445,6 +549,17 @@ class Quorum:
             self._out.tell_all(self._ring.members, verdict)
         self._state.tell_step(now_s)
         self._ending.advance(now_s)
+        self._seat_waiting(now_s)
+        if self._settings.pods:
+            self._tell_what_is_missing()
+
+    def _tell_what_is_missing(self) -> None:
+        """While no ring is there."""
+        waits_for = "" if self._plan.complete or self._ending.verdict else self._plan.waiting_for()
+        if waits_for != self._missing:
+            self._missing = waits_for
+            if waits_for:
+                self._state.emit("waiting", reason=clip(waits_for))
 
     def _restore(self, now_s: float) -> None:
         for peer, message in self._restoration.take_over(now_s):
@@ -482,10 +597,18 @@ class Quorum:
             self._succession.formed()
         elif (
             ring.number == 0
-            and self._roster.count(Phase.WAITING) == world_size
+            and world_size is not None
+            and (self._plan.complete or not self._settings.pods)
+            and self._roster.count(Phase.WAITING) == len(self._plan.expected)
             and not self._restoration.under_way
+            and self._state.surroundings.fenced
         ):
-            self._state.prepare(self._roster.inside({Phase.WAITING}), f"all {world_size} workers have come")
+            came = len(self._plan.expected)
+            reason = f"all {world_size} workers have come"
+            if came < world_size:
+                silent_s = self._settings.settle_s
+                reason = f"{came} of {world_size} workers have come, and no other for {silent_s:g} s"
+            self._state.prepare(self._roster.inside({Phase.WAITING}), reason)
 
     def _may_have_failed(self, blamed: int, by: Worker) -> bool:
         """Whether that worker's end may explain this one's. Of one that left in order, or whose loss the

@@ -16,8 +16,8 @@ class RingRestart:
     delay_s: float
     """From the end of all workers to the start of new ones."""
 
-    restarts_left: int
-    """After this one."""
+    restarts_left: int | None
+    """After this one; None where something else is counted."""
 
 
 class RingRestarts:
@@ -25,7 +25,7 @@ class RingRestarts:
 
     def __init__(
         self,
-        max_restarts: int,
+        max_restarts: int | None,
         *,
         first_delay_s: float = 0.2,
         longest_delay_s: float = 10.0,
@@ -33,7 +33,7 @@ class RingRestarts:
     ) -> None:
         """
         Args:
-            max_restarts: how often the ring may be started again.
+            max_restarts: how often the ring may be started again; None where something else is counted.
             first_delay_s: from the end of a ring to the next start; doubles each time that the ring
                 fails soon.
             longest_delay_s: where the doubling ends.
@@ -66,9 +66,10 @@ class RingRestarts:
         Returns:
             The plan, which counts as carried out; None if there is to be none. And the reason in words.
         """
-        left = self._max_restarts - self._planned - spent
+        most = self._max_restarts
+        left = 1 if most is None else most - self._planned - spent
         if left <= 0:
-            return None, f"the restarts are used up (--max-restarts {self._max_restarts})"
+            return None, f"the restarts are used up (--max-restarts {most})"
         # Without a start that was seen, the ring was taken over from an earlier coordinator.
         if self._began_s is None or now_s - self._began_s >= self._settled_s:
             self._quick_failures = 0
@@ -78,13 +79,13 @@ class RingRestarts:
         self._quick_failures += 1
         self._planned += 1
         self._began_s = None
-        planned = RingRestart(delay_s=delay_s, restarts_left=left - 1)
-        return planned, starting_again(left - 1, self._max_restarts)
+        planned = RingRestart(delay_s=delay_s, restarts_left=None if most is None else left - 1)
+        return planned, starting_again(planned.restarts_left, most)
 
 
-def starting_again(restarts_left: int, max_restarts: int) -> str:
+def starting_again(restarts_left: int | None, max_restarts: int | None) -> str:
     """What the user is told of a restart of the ring."""
-    return (
-        "starting the whole ring again from the latest checkpoint "
-        f"({restarts_left} of {max_restarts} restarts left)"
-    )
+    again = "starting the whole ring again from the latest checkpoint"
+    if restarts_left is None:
+        return again
+    return f"{again} ({restarts_left} of {max_restarts} restarts left)"

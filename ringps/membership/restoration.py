@@ -132,6 +132,7 @@ class Restoration:
             return []
         adoption, _ = self._returning.decide()
         if adoption is None:
+            self._turn_away_the_last()
             return []
         returned = self._returning.take_all()
         if any(seat.worker_id >= world_size for seat in adoption.members):
@@ -145,6 +146,20 @@ class Restoration:
         for entry in returned:
             self._take_back(entry, now_s)
         return waiting + [(entry.peer, message) for entry in returned for message in entry.held]
+
+    def _turn_away_the_last(self) -> None:
+        """Of a ring whose pods were replaced, the few that are left wait in vain."""
+        state = self._state
+        waiting = state.roster.inside({Phase.WAITING})
+        if not state.settings.pods or not self._returning.hopeless({w.worker_id: w.host for w in waiting}):
+            return
+        for entry in self._returning.take_all():
+            generation = entry.hello.generation
+            reason = (
+                f"generation {generation} is over, most of its members were replaced; start a new process"
+            )
+            state.out.send(entry.peer, Expelled(generation=generation, reason=reason))
+            state.peers.cross_out(entry.hello.session)
 
     def _adopt(self, adoption: Adoption, now_s: float) -> None:
         state, timeouts = self._state, self._state.settings.timeouts

@@ -9,7 +9,7 @@ go on with a coordinator that was restarted. (The earlier one must be gone: it n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ringps.wire.control import FromLauncher, FromWorker, Hello, WorkerExited
@@ -105,6 +105,17 @@ class Returning:
         self._exits.clear()
         return exits
 
+    def hopeless(self, places: Mapping[int, str]) -> bool:
+        """Whether a majority can never come back, because others have its places.
+
+        Args:
+            places: the host of the new process that has a worker id.
+        """
+        newest = max((entry.hello.generation for entry in self), default=0)
+        members = {seat for entry in self if entry.hello.generation == newest for seat in entry.hello.members}
+        taken = [seat for seat in members if places.get(seat.worker_id, seat.host) != seat.host]
+        return bool(members) and 2 * len(taken) >= len(members)
+
     def decide(self) -> tuple[Adoption | None, str]:
         """The ring if enough are back, and how many are in words."""
         if not self._returned:
@@ -126,4 +137,4 @@ class Returning:
 
 
 def _is(hello: Hello, seat: Seat) -> bool:
-    return (hello.worker_id, hello.pid) == (seat.worker_id, seat.pid)
+    return (hello.worker_id, hello.host, hello.pid) == (seat.worker_id, seat.host, seat.pid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ringps.wire.control import Beat, Failing, Feed, Hello, WorkerExited
@@ -81,6 +81,8 @@ class Worker:
     """Whether it was taken for lost while its process may still run."""
     expelled_told_s: float = float("-inf")
     """When it was last told so."""
+    charged: bool = False
+    """Whether its failure was counted against the job's budget of restarts."""
     reassigned: bool = False
     """Another launcher than its own is to start its successor."""
     feed: Feed | None = None
@@ -217,16 +219,29 @@ class Roster:
         """How many workers' processes are known to have ended."""
         return sum(worker.exited is not None for worker in self._workers.values())
 
+    def gone_without_word(self) -> int:
+        """How many are gone of whose process nobody told how it ended."""
+        return sum(worker.phase is Phase.GONE and worker.exited is None for worker in self._workers.values())
+
     def gone(self) -> Worker | None:
         """Somebody who is gone."""
         return next((worker for worker in self._workers.values() if worker.phase is Phase.GONE), None)
 
-    def in_ring_order(self, workers: Iterable[Worker], hosts: Iterable[str]) -> list[Worker]:
-        """These workers: by host in order of arrival (those in `hosts` first), then by worker id."""
+    def in_ring_order(
+        self,
+        workers: Iterable[Worker],
+        hosts: Iterable[str],
+        place_of: Callable[[str], tuple[str, ...]] = lambda host: (),
+    ) -> list[Worker]:
+        """These workers: by where their hosts are, so that the ring crosses each boundary once each way;
+        then by host in order of arrival (those in `hosts` first), then by worker id."""
         chosen = list(workers)
         arrival: dict[str, int] = {}
         for host in [*hosts, *(worker.host for worker in (*self.greeted(), *chosen))]:
             arrival.setdefault(host, len(arrival))
+        places = {worker.host: place_of(worker.host) for worker in chosen}
+        if any(places.values()):  # every host is a pod, and arrives anew when it is replaced
+            return sorted(chosen, key=lambda worker: (places[worker.host], worker.worker_id))
         return sorted(chosen, key=lambda worker: (arrival[worker.host], worker.worker_id))
 
     def waiting_for(self, world_size: int, members: Sequence[Worker] = ()) -> str:

@@ -10,9 +10,13 @@ from ringps.membership.events import QuorumSettings
 from ringps.membership.formation import Ring
 from ringps.membership.inquiry import Inquiries
 from ringps.membership.peers import Outbox, PeerBook
+from ringps.membership.placed import PlacedPlan
 from ringps.membership.plan import JobPlan
 from ringps.membership.restarts import RingRestarts
+from ringps.membership.returning import NUMBERS_SKIPPED
 from ringps.membership.roster import Roster, Worker
+from ringps.membership.surroundings import Surroundings
+from ringps.wire.control import clip
 
 STEP_EVENT_INTERVAL_S = 1.0
 
@@ -24,6 +28,7 @@ class JobState:
         settings: what the coordinator was told.
         new_token: gives a fresh CURVE key pair, public and secret half, for each generation.
         restarts: how often the whole ring may be started again; None if another counts that.
+        surroundings: what is known of the cluster.
     """
 
     def __init__(
@@ -31,23 +36,31 @@ class JobState:
         settings: QuorumSettings,
         new_token: Callable[[], tuple[str, str]],
         restarts: RingRestarts | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.settings = settings
         self.restarts = restarts
-        self.plan = JobPlan(settings.world_size, settings.settle_s)
+        self.surroundings = surroundings or Surroundings()
+        self.plan = _plan(settings)
         self.roster = Roster()
         self.launchers: set[str] = set()
         """Sessions of those that take part now."""
         self.peers = PeerBook()
         self.out = Outbox(self.peers)
         self.ring = Ring()
-        self.ring.skip_to(settings.first_generation - 1)
+        # Of an earlier coordinator's generations the last ones may not have been written down.
+        unknown = NUMBERS_SKIPPED if settings.pods and settings.first_generation > 1 else 0
+        self.ring.skip_to(settings.first_generation - 1 + unknown)
         self.detector = SilenceDetector(settings.timeouts.heartbeat_timeout_s)
         self.inquiries = Inquiries(settings.timeouts.inquiry_timeout_s)
         self.ended = False
         """Whether the ring has come to its end and nobody is missing."""
         self.resumable = False
         """Whether a checkpoint was saved or restored, from which the ring can be started again."""
+        self.given_up = False
+        """Whether the members said that it must not be."""
+        self.forsaken: set[int] = set()
+        """Worker ids whose last process failed when the budget was used up: nobody takes its place."""
         self.step = 0
         """The newest that a heartbeat told of."""
         self._new_token = new_token
@@ -74,7 +87,7 @@ class JobState:
     def prepare(self, members: Iterable[Worker], reason: str) -> None:
         """The next generation begins, with these members."""
         hosts = [*self.plan.hosts, *(worker.host for worker in self.ring.members)]
-        ordered = self.roster.in_ring_order(members, hosts)
+        ordered = self.roster.in_ring_order(members, hosts, self.surroundings.place_of)
         encrypt = self.settings.encrypt_data or self.plan.encrypt_data
         self.inquiries = Inquiries(self.settings.timeouts.inquiry_timeout_s)
         self.out.tell_all(ordered, self.ring.prepare(ordered, self._new_token(), encrypt, reason))
@@ -84,6 +97,25 @@ class JobState:
         ring = self.ring
         self.out.tell_all(ring.members, ring.form())
         self.emit("generation", generation=ring.number, members=ring.describe(), reason=ring.reason)
+
+    def charge(self, worker: Worker, reason: str) -> str:
+        """A worker failed by itself: it counts against the job's budget, if it has one. What that leaves, in
+        words."""
+        budget = self.surroundings.budget
+        if budget is None or worker.charged:
+            return ""
+        worker.charged = True
+        words = budget.charge()
+        if budget.exhausted:
+            self.forsaken.add(worker.worker_id)
+        self.emit(
+            "restart_charged",
+            worker_id=worker.worker_id,
+            host=self.host(worker),
+            reason=clip(reason),
+            restarts_left=max(0, budget.most - budget.used),
+        )
+        return words
 
     def rank(self, worker: Worker) -> int:
         """Its rank; before it has one, what that will most likely be."""
@@ -116,3 +148,10 @@ class JobState:
         if due and self.step > self._step_told:
             self._step_told, self._step_told_s = self.step, now_s
             self.emit("step_committed", step=self.step, generation=self.ring.number)
+
+
+def _plan(settings: QuorumSettings) -> JobPlan:
+    if not settings.pods:
+        return JobPlan(settings.world_size, settings.settle_s)
+    assert settings.world_size is not None
+    return PlacedPlan(settings.world_size, settings.min_workers or settings.world_size, settings.settle_s)

@@ -56,7 +56,7 @@ class Checkpointer:
 
     *SIGTERM* to all workers, as `ringps run` sends it when it gets one, ends the job after the step that is
     under way, or soon after: all ranks save that step, and exit with code 75. The same command then goes on.
-    SIGTERM to some workers only has those leave.
+    SIGTERM to some workers only has those leave, if `--min-workers` others remain.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class Checkpointer:
             self._asked_s = time.monotonic()
 
     def stops(self, marks: Sequence[int]) -> bool:
-        asked = [bool(mark & _ASKED) for mark in marks]
-        # A ring that cannot do without a member ends with it.
-        return all(asked) if current().elastic else any(asked)
+        staying = sum(not mark & _ASKED for mark in marks)
+        # A ring that cannot do without those that were asked ends with them.
+        return staying < len(marks) and staying < current().least
 
     def stop(self) -> None:
         ring, saver = current(), self._open()

@@ -189,6 +189,8 @@ class TrainState:
             self._begin(ring, admission, keeper)
         if keeper is not None:
             keeper.begin(loader)
+        if admission is not None and self._sampler is not None and ring.rank == 0:
+            admission.note("training", global_batch=self._sampler.global_batch_size, until=until)
         # The optimizer takes batches as they are trained, if it knows the sampler; else nobody would.
         takes = self._sampler is not None and not self._sampler.tracked
         if takes:

@@ -50,7 +50,7 @@ from ringps.wire.rules import (
     worker_id,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_FRAME_BYTES = 256 * 1024
 
@@ -210,6 +210,9 @@ class LauncherHello:
     """Of the assignment that it was given before the coordinator was restarted; None without one."""
     world_size: Annotated[int | None, optional(whole(1, MAX_WORKERS))]
     """Likewise."""
+    place: Annotated[int | None, optional(worker_id)] = None
+    """The first worker id of its slots, where not the coordinator deals them out (a pod has its index); else
+    None."""
     session: Session = field(repr=False)
     """As in `Hello`."""
 
@@ -241,6 +244,8 @@ class Welcome:
     heartbeat_port: Port
     elastic: Flag
     """Whether the ring goes on when a member is lost."""
+    min_workers: Annotated[int, whole(0, MAX_WORKERS)] = 0
+    """With how many members; 0 where only with all."""
     running: Annotated[int, whole(0, MAX_WORKERS)]
     """0 if the worker takes part in the ring's first formation; else how many members run already, whose
     state it is to get."""
@@ -405,6 +410,14 @@ class Expel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Evict:
+    """This worker's machine is about to be taken away: have it leave, as if the launcher got SIGTERM."""
+
+    worker_id: WorkerId
+    reason: Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobEvent:
     """A line for the events file."""
 
@@ -467,7 +480,7 @@ ToWorker = (
     | Inquire
     | Verdict
 )
-ToLauncher = Refused | Waiting | Assignment | Replaceable | Expel | JobEvent | JobFailed | JobDone
+ToLauncher = Refused | Waiting | Assignment | Replaceable | Expel | Evict | JobEvent | JobFailed | JobDone
 Message = FromWorker | FromLauncher | Beat | ToWorker | ToLauncher
 
 

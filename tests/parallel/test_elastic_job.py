@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 from ringps.membership import JobKey
 from tests.elastic_job import BATCH, SAMPLES, TRAIN, Ledgers
 from tests.launching import ROOT, Finished, Ringps, run, script, start
+from tests.support import free_pair
 
 pytestmark = pytest.mark.timeout(120)  # jobs of several processes that load torch, on busy cores
 
@@ -221,17 +221,6 @@ def test_more_least_workers_than_workers_are_refused(site: Site) -> None:
     done = run("run", "-n", "2", "--min-workers", "3", site.program)
     assert done.code == 2
     assert "--min-workers" in done.last
-
-
-def free_pair() -> int:
-    """A port that is free like the next one: a coordinator takes both, and its successor again."""
-    while True:
-        with socket.socket() as a, socket.socket() as b:
-            a.bind(("127.0.0.1", 0))
-            port = int(a.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                b.bind(("127.0.0.1", port + 1))
-                return port
 
 
 def test_two_machines_outlive_their_coordinator_and_a_worker(site: Site) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.launching import Ringps, script, start
+from tests.support import free_pair
 
 MEMBER = """
 from ringps import worker_env
@@ -61,17 +60,6 @@ link.leave(0)
 """Stays in the ring through all changes until the file GO is there; lets new workers in if ADMITS."""
 
 QUICK = {"RINGPS_HEARTBEAT_TIMEOUT_S": "1", "RINGPS_HEARTBEAT_INTERVAL_S": "0.1"}
-
-
-def free_pair() -> int:
-    """A port that is free like the next one: a coordinator takes both, and its successor again."""
-    while True:
-        with socket.socket() as a, socket.socket() as b:
-            a.bind(("127.0.0.1", 0))
-            port = int(a.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                b.bind(("127.0.0.1", port + 1))
-                return port
 
 
 def expect_on_stderr(command: Ringps, text: str) -> None:

@@ -30,6 +30,7 @@ from ringps.wire.control import (
     CallReport,
     Departing,
     Dispute,
+    Evict,
     Expel,
     Expelled,
     Failing,
@@ -97,13 +98,14 @@ EXAMPLES: tuple[Message, ...] = (
         encrypt_data=True,
         first_worker_id=4,
         world_size=8,
+        place=4,
         session="0123456789abcdef" * 2,
     ),
     LauncherLeaving(),
     WorkerExited(
         worker_id=3, pid=4711, code=137, reason="process killed by signal 9 (SIGKILL)", stopping=True
     ),
-    Welcome(heartbeat_port=4243, elastic=True, running=3),
+    Welcome(heartbeat_port=4243, elastic=True, min_workers=2, running=3),
     Refused(reason="worker id 3 is taken"),
     Waiting(reason="1 of 4 workers has not come: worker 3"),
     Prepare(
@@ -141,6 +143,7 @@ EXAMPLES: tuple[Message, ...] = (
     ),
     Replaceable(worker_id=2, reason="process killed by signal 9"),
     Expel(worker_id=2, pid=4711, reason="no heartbeat for 3.0 s"),
+    Evict(worker_id=2, reason="preempted by the scheduler"),
     JobEvent(event={"t": 1.5, "event": "step_committed", "step": 3, "members": [{"rank": 0}]}),
     JobFailed(
         worker_id=2, rank=2, host="node-a", code=137, reason="process killed by signal 9", restarts=True

@@ -158,7 +158,9 @@ class TestSettings:
     def test_workers_are_told_whether_the_ring_goes_on(self) -> None:
         job = ElasticJob(3, 2)
         job.hello(0)
-        assert job.heard("w0", Welcome) == [Welcome(heartbeat_port=4242, elastic=True, running=0)]
+        assert job.heard("w0", Welcome) == [
+            Welcome(heartbeat_port=4242, elastic=True, min_workers=2, running=0)
+        ]
 
 
 class TestLosing:
@@ -468,7 +470,9 @@ class TestJoining:
         job = vacated()
         job.sent.clear()
         job.join(2, "j2")
-        assert job.heard("j2", Welcome) == [Welcome(heartbeat_port=4242, elastic=True, running=2)]
+        assert job.heard("j2", Welcome) == [
+            Welcome(heartbeat_port=4242, elastic=True, min_workers=1, running=2)
+        ]
         job.say("j2", Ask())
         assert "the ring of 2 members has not yet paused" in job.heard("j2", Waiting)[0].reason
         assert not job.told(Joiners)

@@ -385,8 +385,8 @@ class TestStartingTheRingAgain:
         room = WaitingRoom()
         hello = self.hello("x")
         for number in range(MAX_WORKERS):
-            assert room.enter(b"%d" % number, self.hello(f"x{number}")) is None
-        assert room.enter(b"x", hello) == "too many launchers wait for the next start"
+            assert room.enter(b"%d" % number, self.hello(f"x{number}"), "") is None
+        assert room.enter(b"x", hello, "") == "too many launchers wait for the next start"
         assert b"x" not in room
 
     def test_generations_are_numbered_on(self) -> None:
