@@ -5,10 +5,10 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test smoke chaos check format golden bench gpu wheel clean
+.PHONY: help setup demo test smoke k8s-testenv k8s chaos check format golden bench gpu wheel clean
 
 help:  ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## Make .venv; does nothing when that is done already
 	@scripts/setup
@@ -32,6 +32,12 @@ smoke: setup  ## Test benchmarks and examples from end to end, and what takes lo
 	$(BIN)/python -m pytest $(SMOKE) $(ARGS)
 	@# Those for a GPU, on a pretended one; what cannot be pretended is skipped.
 	RINGPS_TEST_PRETEND=1 RINGPS_TEST_NO_SKIP= $(BIN)/python -m pytest $(REHEARSED)
+
+k8s-testenv:  ## Build the control plane for `make k8s`; does nothing when that is done already
+	@scripts/k8s_testenv
+
+k8s: setup k8s-testenv  ## Test against a real Kubernetes control plane (ARGS="-k submit"); nodes need root
+	$(BIN)/python -m pytest tests/k8s $(ARGS)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
 	$(BIN)/python scripts/chaos.py $(ARGS)
