@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test smoke k8s-testenv k8s chaos check format golden bench gpu wheel clean
+.PHONY: help setup demo test smoke k8s-testenv k8s k8s-chaos chaos check format golden bench gpu wheel clean
 
 help:  ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -16,7 +16,8 @@ setup:  ## Make .venv; does nothing when that is done already
 demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
-SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_kills.py test_examples.py test_gpu_job.py) \
+SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_kills.py test_examples.py test_gpu_job.py \
+	test_pods.py test_shaped_links.py) \
 	tests/single/test_gpu_benchmark.py
 REHEARSED := $(addprefix tests/gpu/,test_collectives.py test_training.py test_recovery.py)
 
@@ -37,7 +38,10 @@ k8s-testenv:  ## Build the control plane for `make k8s`; does nothing when that 
 	@scripts/k8s_testenv
 
 k8s: setup k8s-testenv  ## Test against a real Kubernetes control plane (ARGS="-k submit"); nodes need root
-	$(BIN)/python -m pytest tests/k8s $(ARGS)
+	$(BIN)/python -m pytest tests/k8s --ignore=tests/k8s/test_random_faults.py $(ARGS)
+
+k8s-chaos: setup k8s-testenv  ## Train in pods under 30 random faults; RINGPS_TEST_SEED repeats a run
+	$(BIN)/python -m pytest -s tests/k8s/test_random_faults.py $(ARGS)
 
 chaos: setup  ## Train under random faults (ARGS="--faults 2000 --seed 1")
 	$(BIN)/python scripts/chaos.py $(ARGS)

@@ -12,6 +12,7 @@ from ringps.membership.events import (
     Finish,
     QuorumSettings,
     Received,
+    Record,
     Refuse,
     Send,
     StartAgain,
@@ -19,6 +20,7 @@ from ringps.membership.events import (
 )
 from ringps.membership.quorum import Quorum
 from ringps.membership.restarts import RingRestarts
+from ringps.membership.surroundings import Surroundings
 from ringps.wire.control import (
     Beat,
     Bound,
@@ -64,7 +66,10 @@ class Job:
         restarts: RingRestarts | None = None,
         first_generation: int = 1,
         now_s: float = 100.0,
+        surroundings: Surroundings | None = None,
+        **settings: Any,
     ) -> None:
+        """`settings` are further ones of `QuorumSettings`."""
         self.now_s = now_s
         self.sent: list[tuple[str, Any]] = []
         self.events: list[dict[str, Any]] = []
@@ -74,6 +79,8 @@ class Job:
         """Of those that finished, whether they stopped at a checkpoint."""
         self.again: list[float] = []
         """After which delay the ring is started again."""
+        self.records: list[str] = []
+        """The verdicts that are to be written down."""
         self.counts: dict[int, int] = {}
         self.beating: set[int] = set()
         self.quorum = Quorum(
@@ -85,9 +92,11 @@ class Job:
                 timeouts=TIMEOUTS,
                 min_workers=min_workers,
                 first_generation=first_generation,
+                **settings,
             ),
             lambda: (token, "s" * 40),
             restarts,
+            surroundings,
         )
 
     def say(self, peer: str, message: Any) -> None:
@@ -134,6 +143,8 @@ class Job:
                     self.suspended.append(suspended)
                 case StartAgain(delay_s):
                     self.again.append(delay_s)
+                case Record(verdict):
+                    self.records.append(verdict)
 
     def heard(self, peer: str, kind: type) -> list[Any]:
         """What a peer was told, of one kind."""

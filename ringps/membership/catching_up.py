@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ringps.membership.ending import Ending
 from ringps.membership.roster import JOINERS, Worker
 from ringps.membership.state import JobState
@@ -29,14 +31,13 @@ def catch_up(state: JobState, succession: Succession, worker: Worker) -> None:
         state.out.tell(worker, AllLeft(generation=ring.number))
 
 
-def warnings(state: JobState) -> list[Evict]:
-    """What launchers are to be told whose machines are about to be taken away."""
-    told = []
+def warn_launchers(state: JobState, sessions: Iterable[str]) -> None:
+    """Tell these launchers if their machines are about to be taken away, once they have workers."""
+    concerned = frozenset(sessions)
     for offer in state.plan.offers:
         reason = state.surroundings.warning_of(offer.hello.host)
-        if reason is not None:
-            told.append(Evict(worker_id=offer.first_worker_id, reason=clip(reason)))
-    return told
+        if reason is not None and offer.session in concerned and state.plan.complete:
+            state.out.send_to(offer.session, Evict(worker_id=offer.first_worker_id, reason=clip(reason)))
 
 
 def catch_up_launcher(state: JobState, succession: Succession, ending: Ending, session: str) -> None:
@@ -45,8 +46,6 @@ def catch_up_launcher(state: JobState, succession: Succession, ending: Ending, s
     if state.plan.complete:
         state.out.send_to(session, state.plan.assignment(session))
     succession.catch_up_launcher(session)
-    for evict in warnings(state):
-        if state.plan.owns(session, evict.worker_id):
-            state.out.send_to(session, evict)
+    warn_launchers(state, [session])
     if ending.verdict is not None and ending.told:
         state.out.send_to(session, ending.verdict)

@@ -46,6 +46,7 @@ from ringps.wire.control import (
 CURVE_OVERHEAD_BYTES = 64
 
 _RETRY_S = 0.1
+_CONNECT_MS = 1500
 _BEATS_QUEUED = 4
 _log = logging.getLogger("ringps")
 
@@ -202,6 +203,8 @@ class ControlChannel:
         dealer.maxmsgsize = MAX_FRAME_BYTES + CURVE_OVERHEAD_BYTES
         dealer.reconnect_ivl = int(_RETRY_S * 1000)
         dealer.reconnect_ivl_max = 1000
+        # Of a pod that is gone nothing answers at its address: look up where its name leads by now.
+        dealer.connect_timeout = _CONNECT_MS
         if self._key is not None:
             self._key.secure_client(dealer)
         return dealer

@@ -115,6 +115,10 @@ class CoordinatorSettings:
     time. The job goes on, with new starts of its ring, until it is done, or `max_restarts` workers have
     failed by themselves; it needs a `world_size`."""
 
+    follows: bool = False
+    """Of pods: whether an earlier coordinator has formed generation `first_generation`, whose members may
+    come back, and perhaps later ones."""
+
     failures: int = 0
     """Of pods: how many workers have failed under earlier coordinators."""
 
@@ -225,6 +229,7 @@ class Coordinator:
             min_workers=settings.min_workers,
             first_generation=settings.first_generation,
             pods=settings.pods,
+            follows=settings.follows,
             verdict=settings.verdict,
         )
         self._restarts = None
@@ -368,7 +373,7 @@ class Coordinator:
         """Serve the next start of the ring."""
         self._start_again_s = None
         waiting, first = self._quorum.waiting_launchers, self._quorum.next_generation
-        self._settings = replace(self._settings, first_generation=first, again=True)
+        self._settings = replace(self._settings, first_generation=first, follows=False, again=True)
         self._surroundings.recorded = False
         self._quorum = Quorum(self._settings, _new_token, self._restarts, self._surroundings)
         for peer, hello in waiting:

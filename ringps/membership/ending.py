@@ -87,12 +87,16 @@ class Ending:
     def advance(self, now_s: float) -> None:
         """What follows from the state as it now is."""
         state = self._state
+        self._fail_if_too_many_are_forsaken(now_s)
         root = self._causes.decide(now_s)
-        if root is not None:
+        if root is not None and self.verdict is None:
             worker = state.roster[root.worker_id]
             state.tell_step(now_s, at_once=True)
             self._decide(self._failed(worker, root, now_s))
-        all_exited = state.plan.complete and self._all_exited(now_s)
+        settled = state.plan.complete and state.plan.ready(now_s)
+        # Of pods, those of all members may be gone before they have come back to another coordinator.
+        settled = settled or (state.ended and state.settings.pods)
+        all_exited = settled and self._all_exited(now_s)
         if self.verdict is not None and not self.told:
             self._tell(now_s)
         if self._causes.decided:
@@ -107,6 +111,16 @@ class Ending:
             self._tell(now_s)
         elif state.ended and not state.launchers and not state.settings.pods:
             self._finish("all workers have left")
+
+    def _fail_if_too_many_are_forsaken(self, now_s: float) -> None:
+        """Of a ring that is yet to form: those that wait would wait for ever."""
+        state = self._state
+        hopeless = bool(state.surroundings.forsaken) and not state.enough_may_come
+        if not hopeless or state.ring.formed_once or self.verdict is not None or self._causes.failed:
+            return
+        worker_id, reason = next(reversed(state.surroundings.forsaken.items()))
+        self.blame(state.roster[worker_id], reason, now_s, code=1)
+        self.lose(state.roster[worker_id], reason)
 
     def _decide(self, verdict: JobFailed | JobDone) -> None:
         """How the job, or this start of its ring, ends. Where other coordinators may follow on this one, none
@@ -140,12 +154,12 @@ class Ending:
 
     def _failed(self, worker: Worker, root: Failure, now_s: float) -> JobFailed:
         state, reason = self._state, root.reason
-        words = ""
         if worker.exited is not None and not worker.exited.stopping and not worker.departed:
-            words = state.charge(worker, reason)
+            state.charge(worker, reason)
         restarts = self._restartable(worker)
-        if words and not restarts:
-            reason = f"{reason}; {words}"
+        budget = state.surroundings.budget
+        if budget is not None and not restarts and not state.given_up and budget.words not in reason:
+            reason = f"{reason}; {budget.words}"
         if restarts and state.restarts is not None:
             self.restart, words = state.restarts.plan(now_s)
             restarts = self.restart is not None
@@ -173,19 +187,24 @@ class Ending:
     def _restartable(self, worker: Worker) -> bool:
         """Whether the ring can be started again after this worker's failure: there are a checkpoint to go
         on from and launchers that start workers, and nobody had asked it to stop. Of pods, others follow on
-        them, with a checkpoint or without one, while the budget lasts."""
+        them, with a checkpoint or without one, while the budget lasts; what the cluster takes away is
+        replaced even after that."""
         if self._state.settings.pods:
             budget = self._state.surroundings.budget
-            return not (self._state.given_up or (budget is not None and budget.exhausted))
+            own = budget is not None and budget.exhausted and worker.charged
+            return not (self._state.given_up or own) and self._state.enough_may_come
         asked = worker.departed or (worker.exited is not None and worker.exited.stopping)
         return self._state.resumable and bool(self._state.launchers) and not asked
 
     def _all_exited(self, now_s: float) -> bool:
         state, roster = self._state, self._state.roster
         if not state.survives:
+            members = {worker.worker_id for worker in state.ring.members}
+            workers = [roster.get(worker_id) for worker_id in {*state.plan.expected, *members}]
             # A pod is gone with its launcher, and nobody is left to tell of the exit.
-            gone = roster.gone_without_word() if state.settings.pods else 0
-            return roster.exited() + gone == len(state.plan.expected)
+            gone = {Phase.GONE} if state.settings.pods else frozenset()
+            over = [one is not None and (one.exited is not None or one.phase in gone) for one in workers]
+            return bool(over) and all(over)
         if not state.ended:
             return False
         running = [worker for worker in roster.everybody() if worker.session and worker.exited is None]

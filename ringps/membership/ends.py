@@ -11,7 +11,7 @@ from ringps.membership.ending import Ending
 from ringps.membership.roster import JOINERS, SEATED, Phase, Worker
 from ringps.membership.state import JobState
 from ringps.membership.succession import Succession
-from ringps.wire.control import WorkerExited
+from ringps.wire.control import Failing, WorkerExited, clip
 from ringps.worker_env import SUSPENDED_CODE
 
 
@@ -50,6 +50,8 @@ class Ends:
                     state.charge(Worker(exited.worker_id), exited.reason)
                 return refused
         assert worker is not None
+        if state.settings.pods and worker.adopted and worker.pid != exited.pid:
+            return "exit of another process"  # one that came while the ring was not back yet
         if worker.exited is not None or worker in self._early:
             return "exit reported before"
         member = worker.phase is Phase.MEMBER and worker.session
@@ -65,6 +67,24 @@ class Ends:
         for worker, exited in self._early.take_due(now_s):
             self._judge(worker, exited, now_s)
 
+    def fail_by_its_word(self, worker: Worker, failing: Failing, now_s: float) -> None:
+        """A worker says that it fails, and why."""
+        worker.failing = failing
+        blames = failing.blames
+        if blames is not None and not self._may_have_failed(blames, worker):
+            blames = None
+        # Its launcher will tell the exit code; without one, nobody will.
+        code = 1 if self._state.plan.host_of(worker.worker_id) is None else None
+        self.fail(worker, failing.reason, now_s, code=code, blames=blames)
+
+    def vanish(self, worker: Worker, reason: str, now_s: float) -> None:
+        """A worker's machine is gone for certain."""
+        worker.exited = worker.exited or WorkerExited(
+            worker_id=worker.worker_id, pid=worker.pid, code=1, reason=clip(reason), stopping=True
+        )
+        if worker.phase is not Phase.LEFT:
+            self.fail(worker, reason, now_s, code=1)
+
     def fail(
         self, worker: Worker, reason: str, now_s: float, *, code: int | None, blames: int | None = None
     ) -> None:
@@ -79,10 +99,22 @@ class Ends:
                 # If it blames another, that one's own end is about to be noticed, and says more.
                 self._ending.lose(worker, reason)
 
+    def _may_have_failed(self, blamed: int, by: Worker) -> bool:
+        """Whether that worker's end may explain this one's. Of one that left in order, or whose loss the
+        ring survived, it does not."""
+        if blamed == by.worker_id or blamed not in self._state.roster:
+            return False
+        phase = self._state.roster[blamed].phase
+        return phase is not Phase.LEFT and not (phase is Phase.GONE and self._state.survives)
+
     def _judge(self, worker: Worker, exited: WorkerExited, now_s: float) -> None:
         worker.exited = exited
         before, reason = worker.phase, exited.reason
         if self._state.survives and worker.vacant:
+            failing = worker.failing
+            alone = failing is not None and failing.blames is None and not worker.expelled
+            if failing is not None and alone and _failed_by_itself(exited):
+                self._state.charge(worker, f"{reason}: {failing.reason}")
             return
         if exited.code == SUSPENDED_CODE:
             if before is Phase.LEFT and worker.suspended:

@@ -38,6 +38,10 @@ class QuorumSettings:
     """Whether launchers are pods of a cluster: each comes with its worker ids, may be replaced at any time,
     and the job outlives them all. See `placed`."""
 
+    follows: bool = False
+    """Of pods: whether an earlier coordinator has formed generation `first_generation`, whose members may
+    come back, and perhaps later ones."""
+
     again: bool = False
     """Of pods: whether this coordinator has served a start of the ring before this one."""
 
@@ -106,6 +110,8 @@ class Charged:
 
     worker_id: int
     reason: str
+    host: str = ""
+    """The machine, so that what its worker reported itself is not counted again; "" if it is not known."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Ring:
         """Whether all members were told to connect."""
         self.formed_once = False
         """Whether any generation was."""
+        self.formed_of: Sequence[Worker] = ()
+        """The members of the last generation that was."""
         self.token: tuple[str, str] | None = None
         """Of this generation; None if another coordinator gave it out."""
         self._floor = 0
@@ -42,6 +44,13 @@ class Ring:
     def remaining(self) -> list[Worker]:
         """The members that neither left nor are gone, in rank order."""
         return [worker for worker in self.members if worker.phase in SEATED]
+
+    @property
+    def has_majority(self) -> bool:
+        """Whether most members of the last generation that formed remain: of the parts that a ring was cut
+        into, one has them at most."""
+        remaining = self.remaining
+        return 2 * sum(worker in remaining for worker in self.formed_of) > len(self.formed_of)
 
     @property
     def bound(self) -> bool:
@@ -77,6 +86,7 @@ class Ring:
         for worker in self.members:
             worker.phase = Phase.MEMBER
         self.formed = self.formed_once = True
+        self.formed_of = self.members
         addresses = tuple(worker.address for worker in self.members)
         self._form = Form(generation=self.number, addresses=addresses)
         return self._form
@@ -87,6 +97,7 @@ class Ring:
         for rank, worker in enumerate(members):
             worker.rank, worker.phase = rank, Phase.MEMBER
         self.formed = self.formed_once = True
+        self.formed_of = members
 
     def left(self, worker: Worker) -> Left:
         """What the others are told when a member has left."""

@@ -49,6 +49,10 @@ class JobPlan:
         """Whether the worker ids are dealt out."""
         return self._complete
 
+    def ready(self, now_s: float) -> bool:
+        """Whether the job is as large as it will be for now."""
+        return self._complete
+
     @property
     def restored(self) -> bool:
         """Whether an earlier coordinator dealt them out."""

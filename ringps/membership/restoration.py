@@ -27,6 +27,11 @@ from ringps.wire.control import (
     WorkerExited,
     clip,
 )
+from ringps.wire.rules import Seat
+
+RETURN_PATIENCE_S = 30.0
+"""Of pods: how long a member may take to come back to a coordinator that was restarted, unless the cluster
+says that it is gone."""
 
 
 class Restoration:
@@ -48,7 +53,7 @@ class Restoration:
     @property
     def waits_for(self) -> str:
         """Who must come back, in words."""
-        return self._returning.decide()[1]
+        return self._returning.decide(self._is_gone)[1]
 
     # What is reported meanwhile. The answer is None, or the reason for refusing it.
 
@@ -84,6 +89,22 @@ class Restoration:
         state.peers.write_down(hello.session, peer)
         state.out.send(peer, Waiting(reason=clip(self.waits_for)))
         return None
+
+    def forget(self, worker: Worker) -> bool:
+        """A new process is gone that only waits for the ring to be back; whether it is one. The ring must
+        not end with it."""
+        state = self._state
+        if state.ring.number or worker.phase is not Phase.WAITING or not self._awaits_ring:
+            return False
+        state.peers.cross_out(worker.session)
+        state.detector.forget(worker.worker_id)
+        state.roster.drop(worker)
+        return True
+
+    def bury(self, host: str) -> None:
+        """This machine is gone, and with it whoever came back from there."""
+        for entry in self._returning.drop(host):
+            self._state.peers.cross_out(entry.hello.session)
 
     def holds(self, session: str | None) -> bool:
         """Whether this one came back, and the ring is not there yet."""
@@ -130,9 +151,8 @@ class Restoration:
         world_size = state.plan.world_size
         if state.ring.number or state.ring.lost is not None or world_size is None:
             return []
-        adoption, _ = self._returning.decide()
+        adoption, _ = self._returning.decide(self._is_gone)
         if adoption is None:
-            self._turn_away_the_last()
             return []
         returned = self._returning.take_all()
         if any(seat.worker_id >= world_size for seat in adoption.members):
@@ -141,25 +161,46 @@ class Restoration:
                 state.out.send(entry.peer, Refused(reason=reason))
                 state.peers.cross_out(entry.hello.session)
             return []
+        ends = {seat.worker_id: end for seat in adoption.members if (end := self._end_of(seat)) is not None}
         waiting = self._take_waiting()
         self._adopt(adoption, now_s)
         for entry in returned:
             self._take_back(entry, now_s)
+        for worker_id, reason in ends.items():
+            self._bury_member(worker_id, reason, now_s)
         return waiting + [(entry.peer, message) for entry in returned for message in entry.held]
 
-    def _turn_away_the_last(self) -> None:
-        """Of a ring whose pods were replaced, the few that are left wait in vain."""
+    @property
+    def _awaits_ring(self) -> bool:
+        return self.under_way or self._state.plan.restored
+
+    def _end_of(self, seat: Seat) -> str | None:
+        """Of pods: why this member is gone for certain. Where a new process has its id, the one before it
+        was taken away, or it is another one in the same pod."""
         state = self._state
-        waiting = state.roster.inside({Phase.WAITING})
-        if not state.settings.pods or not self._returning.hopeless({w.worker_id: w.host for w in waiting}):
-            return
-        for entry in self._returning.take_all():
-            generation = entry.hello.generation
-            reason = (
-                f"generation {generation} is over, most of its members were replaced; start a new process"
-            )
-            state.out.send(entry.peer, Expelled(generation=generation, reason=reason))
-            state.peers.cross_out(entry.hello.session)
+        if not (state.settings.pods and state.surroundings.fenced):
+            return None
+        end = state.surroundings.end_of(seat.host)
+        new = state.roster.get(seat.worker_id)
+        if end is not None or new is None or new.phase is not Phase.WAITING:
+            return end
+        if (new.host, new.pid) == (seat.host, seat.pid):
+            return None
+        return f"process {new.pid} on {new.host} has come in its place"
+
+    def _is_gone(self, seat: Seat) -> bool:
+        return self._end_of(seat) is not None
+
+    def _bury_member(self, worker_id: int, reason: str, now_s: float) -> None:
+        """It cannot come back."""
+        member = self._state.roster[worker_id]
+        if member.session or member.phase is not Phase.MEMBER:
+            return  # it did, or its launcher told of its end
+        if self._state.survives:
+            self._succession.lose(member, reason, now_s, code=1)
+        else:
+            self._ending.blame(member, reason, now_s, code=1)
+            self._ending.lose(member, reason)
 
     def _adopt(self, adoption: Adoption, now_s: float) -> None:
         state, timeouts = self._state, self._state.settings.timeouts
@@ -167,9 +208,11 @@ class Restoration:
         self._adopted = True
         state.ring.adopt(adoption.generation, members, adoption.reason)
         state.ring.skip_to(adoption.generation + NUMBERS_SKIPPED)
+        # Pods find a coordinator at another address than before, through names that are looked up anew.
+        patience_s = RETURN_PATIENCE_S if state.settings.pods else timeouts.heartbeat_timeout_s
         for worker in members:
-            state.detector.watch(worker.worker_id, now_s)
-        self._succession.await_unheard(now_s + timeouts.heartbeat_timeout_s)
+            state.detector.watch(worker.worker_id, now_s, patience_s=patience_s)
+        self._succession.await_unheard(now_s + patience_s)
         state.emit(
             "coordinator_restored",
             generation=adoption.generation,

@@ -2,14 +2,15 @@
 
 What a coordinator knows is lost with it; the members bring it back. It takes the ring over when
 more than half of the members of the newest generation heard of are accounted for: come back, or
-ended according to their launchers. So of two parts of a ring that was cut in two, at most one can
-go on with a coordinator that was restarted. (The earlier one must be gone: it needs no majority.)
+ended according to their launchers or their cluster. So of two parts of a ring that was cut in two,
+at most one can go on with a coordinator that was restarted. (The earlier one must be gone: it needs
+no majority.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ringps.wire.control import FromLauncher, FromWorker, Hello, WorkerExited
@@ -105,19 +106,19 @@ class Returning:
         self._exits.clear()
         return exits
 
-    def hopeless(self, places: Mapping[int, str]) -> bool:
-        """Whether a majority can never come back, because others have its places.
+    def drop(self, host: str) -> list[Returned]:
+        """This machine is gone: whoever came back from there, who is no longer collected."""
+        dropped = [entry for entry in self if entry.hello.host == host]
+        for entry in dropped:
+            del self._returned[entry.hello.session]
+        return dropped
+
+    def decide(self, gone: Callable[[Seat], bool] = lambda seat: False) -> tuple[Adoption | None, str]:
+        """The ring if enough are back, and how many are in words.
 
         Args:
-            places: the host of the new process that has a worker id.
+            gone: whether this member has ended for certain, though no launcher said so.
         """
-        newest = max((entry.hello.generation for entry in self), default=0)
-        members = {seat for entry in self if entry.hello.generation == newest for seat in entry.hello.members}
-        taken = [seat for seat in members if places.get(seat.worker_id, seat.host) != seat.host]
-        return bool(members) and 2 * len(taken) >= len(members)
-
-    def decide(self) -> tuple[Adoption | None, str]:
-        """The ring if enough are back, and how many are in words."""
         if not self._returned:
             return None, "no member has come back yet"
         newest = max(entry.hello.generation for entry in self)
@@ -125,7 +126,8 @@ class Returning:
         members = views.most_common(1)[0][0]
         back = sum(any(_is(entry.hello, seat) for entry in self) for seat in members)
         ended = sum(
-            (seat.worker_id, seat.pid) in self._exits and not any(_is(entry.hello, seat) for entry in self)
+            ((seat.worker_id, seat.pid) in self._exits or gone(seat))
+            and not any(_is(entry.hello, seat) for entry in self)
             for seat in members
         )
         words = f"{back} of {len(members)} members of generation {newest} are back"

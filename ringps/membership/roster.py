@@ -94,6 +94,11 @@ class Worker:
         return self.phase is Phase.GONE or self.departed
 
     @property
+    def unheard(self) -> bool:
+        """Whether it is a member of a ring that was taken over, and has not come back."""
+        return self.adopted and not self.session and self.phase in SEATED
+
+    @property
     def name(self) -> str:
         """`rank 1 (worker 3 on node-a)`, of a member."""
         return f"rank {self.rank} (worker {self.worker_id} on {self.host})"
@@ -214,14 +219,6 @@ class Roster:
     def count(self, *phases: Phase) -> int:
         """How many workers are in one of these phases."""
         return sum(worker.phase in phases for worker in self._workers.values())
-
-    def exited(self) -> int:
-        """How many workers' processes are known to have ended."""
-        return sum(worker.exited is not None for worker in self._workers.values())
-
-    def gone_without_word(self) -> int:
-        """How many are gone of whose process nobody told how it ended."""
-        return sum(worker.phase is Phase.GONE and worker.exited is None for worker in self._workers.values())
 
     def gone(self) -> Worker | None:
         """Somebody who is gone."""

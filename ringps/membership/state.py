@@ -49,8 +49,10 @@ class JobState:
         self.out = Outbox(self.peers)
         self.ring = Ring()
         # Of an earlier coordinator's generations the last ones may not have been written down.
-        unknown = NUMBERS_SKIPPED if settings.pods and settings.first_generation > 1 else 0
-        self.ring.skip_to(settings.first_generation - 1 + unknown)
+        unknown = 1 + NUMBERS_SKIPPED if settings.follows else 0
+        self.first_number = settings.first_generation + unknown
+        """The lowest number that a generation may have."""
+        self.ring.skip_to(self.first_number - 1)
         self.detector = SilenceDetector(settings.timeouts.heartbeat_timeout_s)
         self.inquiries = Inquiries(settings.timeouts.inquiry_timeout_s)
         self.ended = False
@@ -59,8 +61,6 @@ class JobState:
         """Whether a checkpoint was saved or restored, from which the ring can be started again."""
         self.given_up = False
         """Whether the members said that it must not be."""
-        self.forsaken: set[int] = set()
-        """Worker ids whose last process failed when the budget was used up: nobody takes its place."""
         self.step = 0
         """The newest that a heartbeat told of."""
         self._new_token = new_token
@@ -98,24 +98,31 @@ class JobState:
         self.out.tell_all(ring.members, ring.form())
         self.emit("generation", generation=ring.number, members=ring.describe(), reason=ring.reason)
 
-    def charge(self, worker: Worker, reason: str) -> str:
-        """A worker failed by itself: it counts against the job's budget, if it has one. What that leaves, in
-        words."""
+    def charge(self, worker: Worker, reason: str, *, by_machine: bool = False) -> str:
+        """A worker, or its machine, failed by itself: it counts against the job's budget, if it has one. What
+        that leaves, in words."""
         budget = self.surroundings.budget
         if budget is None or worker.charged:
             return ""
         worker.charged = True
         words = budget.charge()
         if budget.exhausted:
-            self.forsaken.add(worker.worker_id)
+            self.surroundings.forsaken[worker.worker_id] = f"{reason}; {words}"
         self.emit(
             "restart_charged",
             worker_id=worker.worker_id,
             host=self.host(worker),
             reason=clip(reason),
             restarts_left=max(0, budget.most - budget.used),
+            by_machine=by_machine,
         )
         return words
+
+    @property
+    def enough_may_come(self) -> bool:
+        """Whether the ring can be as large as it must be, without the workers that nobody replaces."""
+        most = self.plan.world_size or 0
+        return most - len(self.surroundings.forsaken) >= (self.settings.min_workers or most)
 
     def rank(self, worker: Worker) -> int:
         """Its rank; before it has one, what that will most likely be."""

@@ -301,7 +301,7 @@ class Succession:
         least = state.settings.min_workers or 0
         ends = [change for change in changes if change.worker is not None]
         departures = [change for change in ends if change.worker is not None and change.worker.departed]
-        if ends and not state.surroundings.fenced and 2 * len(remaining) <= len(state.ring.members):
+        if ends and not state.surroundings.fenced and not state.ring.has_majority:
             return  # the others may go on with another coordinator; this one waits until it is certain
         if remaining and (len(remaining) >= least or ending or not ends):
             self._announce_losses()
@@ -388,7 +388,7 @@ class Succession:
         vacant = {}
         for worker_id in range(self._state.plan.world_size or 0):
             worker = self._state.roster.get(worker_id)
-            if worker_id in self._state.forsaken:
+            if worker_id in self._state.surroundings.forsaken:
                 continue
             if worker is None or worker.phase is Phase.AWAITED:
                 if now_s >= self._unheard_until_s:

@@ -34,6 +34,11 @@ class Budget:
     def charge(self) -> str:
         """A worker failed by itself; what is left, in words."""
         self.used = min(self.used, self.most) + 1
+        return self.words
+
+    @property
+    def words(self) -> str:
+        """What is left."""
         if self.exhausted:
             return f"the restarts are used up (--max-restarts {self.most})"
         return f"{self.most - self.used} of {self.most} restarts left"
@@ -50,7 +55,11 @@ class Surroundings:
         touch with other members; only one of the two can have a majority of them."""
         self.recorded = False
         """Whether the verdict is written down."""
+        self.forsaken: dict[int, str] = {}
+        """Worker ids whose last process failed when the budget was used up, and why: nobody takes its
+        place."""
         self._places: dict[str, tuple[str, ...]] = {}
+        self._ends: dict[str, str] = {}
         self._warned: dict[str, str] = {}
 
     def put(self, host: str, place: tuple[str, ...]) -> None:
@@ -60,6 +69,14 @@ class Surroundings:
     def place_of(self, host: str) -> tuple[str, ...]:
         """Where this host is; empty if nobody knows."""
         return self._places.get(host, ())
+
+    def bury(self, host: str, reason: str) -> None:
+        """This host is gone for certain."""
+        _bounded(self._ends, host, reason)
+
+    def end_of(self, host: str) -> str | None:
+        """Why this host is gone; None if it is not, as far as is known."""
+        return self._ends.get(host)
 
     def warn(self, host: str, reason: str) -> bool:
         """This host is about to be taken away; whether that is news."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringps.wire.control import LauncherHello
+from ringps.wire.control import LauncherHello, WorkerExited
 from ringps.wire.rules import MAX_WORKERS
 
 NEXT_START = "the whole ring is about to be started again; its workers are not all gone yet"
@@ -15,6 +15,7 @@ class WaitingRoom:
     def __init__(self) -> None:
         self._hellos: dict[bytes, LauncherHello] = {}
         self._reasons: dict[bytes, str] = {}
+        self._exits: dict[bytes, dict[int, WorkerExited]] = {}
 
     def __contains__(self, peer: bytes) -> bool:
         return peer in self._hellos
@@ -40,10 +41,20 @@ class WaitingRoom:
         """What it waits for, in words."""
         return self._reasons[peer]
 
-    def leave(self, peer: bytes) -> None:
-        """It goes away."""
+    def keep(self, peer: bytes, exited: WorkerExited) -> str | None:
+        """It reports an exit, which is kept until it can take part. None, or why that does not count."""
+        hello = self._hellos[peer]
+        first = hello.first_worker_id
+        if first is None or not first <= exited.worker_id < first + hello.slots:
+            return "launcher does not own this worker"
+        self._exits.setdefault(peer, {})[exited.worker_id] = exited
+        return None
+
+    def leave(self, peer: bytes) -> list[WorkerExited]:
+        """It goes away; what it has reported."""
         self._hellos.pop(peer, None)
         self._reasons.pop(peer, None)
+        return list(self._exits.pop(peer, {}).values())
 
     def all(self) -> list[tuple[bytes, LauncherHello]]:
         """Everybody's hello and where it came from, in the order of arrival."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ringps_launcher.kubernetes import names
+from ringps_launcher.kubernetes import names, reconcile
 from ringps_launcher.kubernetes.client import Cluster
 from ringps_launcher.kubernetes.operator import Operator, OperatorSettings
 from ringps_launcher.kubernetes.resources import manifests
@@ -332,6 +332,25 @@ def test_a_pod_on_a_dead_node_is_cleared_and_replaced(job: Job, start: Start, re
     eventually(lambda: job.status()["restarts"]["node lost"] == 1, "it is counted")
     assert coordinator.core.charges == []
     assert any("deleting it by force" in line for line in coordinator.said)
+
+
+def test_a_pod_that_runs_well_is_not_held_against_its_successor(
+    job: Job, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Job controller counts, on each pod, those before it that were taken away."""
+    monkeypatch.setattr(reconcile, "SETTLED_S", 1.0)
+    start("pod-a/1").start()
+    first = job.run()[0]
+    job.end(first, 137)
+    job.await_successor(0, first)
+    successor = job.run()[0]
+
+    def ignored() -> str:
+        annotations = job.pods()[0]["metadata"]["annotations"]
+        return str(annotations[names.IGNORED_FAILURES_ANNOTATION])
+
+    assert job.pods()[0]["metadata"]["name"] == successor
+    eventually(lambda: ignored() == "0", "the count is 0 again")
 
 
 def test_without_the_right_to_see_nodes_it_says_so_once_and_goes_on(job: Job, start: Start) -> None:

@@ -1197,7 +1197,7 @@ class TestRestart:
         job.sleep(0.6)
         assert job.quorum.generation == 5 + NUMBERS_SKIPPED + 1
         assert job.members("w0") == [0, 1, 2]
-        assert "did not come back within 3.0 s after the coordinator was restarted" in job.reason("w0")
+        assert "did not come back after the coordinator was restarted" in job.reason("w0")
         self.back(job, 3)
         assert job.heard("w3", Expelled)[0].generation == job.quorum.generation
         assert job.refused == ["generation is over"]

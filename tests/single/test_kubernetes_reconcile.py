@@ -17,6 +17,7 @@ from ringps_launcher.kubernetes.reconcile import (
     Charge,
     Ended,
     ForceDelete,
+    Forgive,
     GiveUp,
     LookAtNode,
     Lost,
@@ -190,6 +191,8 @@ def test_the_rack_is_the_first_label_that_there_is(labels: dict[str, str], rack:
         ({"exit_code": 139}, "killed", True),
         ({"exit_code": 143}, "killed", True),
         ({"exit_code": 137, "exit_reason": "OOMKilled"}, "out of memory", True),
+        ({"exit_code": 255, "exit_reason": "Unknown"}, "node lost", False),
+        ({"exit_code": 137, "exit_reason": "ContainerStatusUnknown"}, "node lost", False),
         ({"exit_code": 143, "deleted": True}, "evicted", False),
         ({"exit_code": 75, "deleted": True}, "suspended", False),
         ({"exit_code": 1, "deleted": True}, "evicted", False),
@@ -466,6 +469,56 @@ def test_without_the_right_to_see_nodes_the_taint_manager_is_believed(by: str, f
     world.look()
     assert only(world.look(34.9), ForceDelete) == []
     assert bool(only(world.look(0.2), ForceDelete)) is forced
+
+
+def test_a_pod_that_has_run_for_a_while_is_not_held_against_its_successor() -> None:
+    world = World(pod(delayed=True))
+    world.look()
+    assert only(world.look(29.9), Forgive) == []
+    [forgiven] = only(world.look(0.2), Forgive)
+    assert isinstance(forgiven, Forgive)
+    assert forgiven.pod.name == world.pods[0].name
+    assert only(world.look(1.0), Forgive) == []
+    assert only(world.look(30.0), Forgive) != [], "it may have failed"
+    world.change(0, delayed=False)
+    assert only(world.look(60.0), Forgive) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"phase": "Pending"}, {"deleted": True}, {"disruption": "X"}, {"exit_code": 1}]
+)
+def test_only_pods_that_run_and_stay_are_forgiven(change: dict[str, Any]) -> None:
+    world = World(pod(delayed=True, **change))
+    for _ in range(5):
+        assert only(world.look(30.0), Forgive) == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "forgiven"),
+    [
+        ({"exit_code": 143, "disruption": "PreemptionByScheduler"}, True),
+        ({"exit_code": 143, "deleted": True}, True),
+        ({"exit_code": 75}, True),
+        ({"disruption": "NodeLost"}, True),
+        ({"exit_code": 255, "exit_reason": "Unknown"}, True),
+        ({"exit_code": 137}, False),
+        ({"exit_code": 137, "exit_reason": "OOMKilled"}, False),
+        ({"exit_code": 1}, False),
+        ({"exit_code": 70}, False),
+        ({"status_reason": "OutOfcpu"}, False),
+    ],
+)
+def test_a_pod_that_the_cluster_took_early_is_forgiven_once_it_has_ended(
+    ending: dict[str, Any], forgiven: bool
+) -> None:
+    world = World(pod(delayed=True, tracked=True))
+    world.look()
+    world.change(0, phase="Failed", **ending)
+    assert bool(only(world.look(1.0), Forgive)) is forgiven
+    assert only(world.look(1.0), Forgive) == []
+    assert bool(only(world.look(5.0), Forgive)) is forgiven, "it may have failed"
+    world.change(0, tracked=False)
+    assert only(world.look(5.0), Forgive) == [], "its successor is there"
 
 
 @pytest.mark.parametrize("node", [None, ALIVE["n1"]])

@@ -171,7 +171,7 @@ def test_workers_hold_no_token_and_the_coordinator_only_its_rights() -> None:
 @pytest.mark.parametrize(
     ("code", "action"),
     [
-        *((code, "Ignore") for code in (75, 134, 137, 139, 143)),
+        *((code, "Ignore") for code in (75, 134, 137, 139, 143, 255)),
         (70, "FailJob"),
         *((code, None) for code in (1, 2, 74, 126, 127)),
     ],

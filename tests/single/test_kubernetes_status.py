@@ -309,3 +309,14 @@ def test_a_rate_ends_when_no_step_comes_or_the_job_goes_back() -> None:
     assert rate.per_s(31.0) is None
     rate.note(5, 32.0)
     assert rate.per_s(32.0) == 2.0
+
+
+def test_a_process_that_failed_in_a_pod_that_goes_on_counts_by_cause_too() -> None:
+    found = status()
+    charged = {"event": "restart_charged", "worker_id": 2, "reason": "exit code 1", "restarts_left": 9}
+    found.fold({**charged, "by_machine": False}, NOW_S)
+    found.fold({**charged, "by_machine": True, "restarts_left": 8}, NOW_S)  # its pod is counted when it ends
+    document = found.document(NOW_S)
+    assert document["restarts"]["failed"] == 1
+    assert document["budget"]["used"] == FACTS.max_restarts - 8
+    assert document["events"][0]["text"] == "worker 2 failed: exit code 1; 9 restarts left"

@@ -9,7 +9,7 @@ import pytest
 
 from ringps.membership.coordinator import CoordinatorSettings
 from ringps.membership.early_exits import PATIENCE_S
-from ringps.membership.quorum import NOTES
+from ringps.membership.notes import NOTES
 from ringps.membership.restarts import RingRestarts
 from ringps.membership.returning import NUMBERS_SKIPPED
 from ringps.membership.waiting_room import WaitingRoom

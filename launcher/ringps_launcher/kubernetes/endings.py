@@ -53,6 +53,9 @@ _BY_KUBELET = {
     "Shutdown": Ending("drained", "its node is shutting down"),
     "NodeLost": Ending("node lost", "its node is lost"),
 }
+_UNSEEN = ("Unknown", "ContainerStatusUnknown")
+"""What a container runtime and a kubelet say of a container that was not there any more when they came back.
+The exit code is then made up: 255, or 137."""
 _OWN_LIMIT = "exceed"
 """The kubelet's message has it when a pod used more storage than it may; else the node was short of it."""
 
@@ -99,6 +102,8 @@ def classify(pod: Pod, node: Node | None, *, suspended: bool) -> Ending:
 
 
 def _by_exit(code: int, reason: str) -> Ending:
+    if reason in _UNSEEN:
+        return Ending("node lost", "its node stopped while it ran")
     if reason == "OOMKilled":
         return Ending("out of memory", "out of memory (OOMKilled): ask for more with --memory", counts=True)
     if code == SUSPENDED_CODE:

@@ -17,6 +17,13 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """Names the Kueue LocalQueue that admits the worker Job."""
 
+IGNORED_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-ignored-failure-count"
+"""Of a pod: how many before it of its index ended in ways that the failure policy ignores. The Job controller
+sets it, and goes by it when it waits before it makes the next one."""
+
+TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
+"""Of a pod: the Job controller has yet to count its end or, with a limit per index, to make its successor."""
+
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 """Set by the Job controller on every pod of an Indexed Job, as annotation and as label: the worker id."""
 

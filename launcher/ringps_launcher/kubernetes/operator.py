@@ -41,6 +41,7 @@ from ringps_launcher.kubernetes.reconcile import (
     Charge,
     Ended,
     ForceDelete,
+    Forgive,
     GiveUp,
     LookAtNode,
     Lost,
@@ -149,7 +150,7 @@ class Operator:
         job = _Selection(cluster, "Job", fields=f"metadata.name={settings.name}")
         self._pods = Watcher("pods", workers, Pod.of, self._wake, self._outages)
         self._jobs = Watcher("job", job, WorkerJob.of, self._wake, self._outages)
-        self._errands: queue.Queue[LookAtNode | ForceDelete | None] = queue.Queue(_MOST_ERRANDS)
+        self._errands: queue.Queue[LookAtNode | ForceDelete | Forgive | None] = queue.Queue(_MOST_ERRANDS)
         self._notes: deque[Mapping[str, Any]] = deque(maxlen=_MOST_NOTES)
         self._bell = threading.Condition()
         self._rung = False
@@ -370,7 +371,7 @@ class Operator:
                 core.lost(host, reason)
             case GiveUp(reason):
                 core.give_up(reason)
-            case LookAtNode() | ForceDelete():
+            case LookAtNode() | ForceDelete() | Forgive():
                 try:
                     self._errands.put_nowait(action)
                 except queue.Full:
@@ -392,6 +393,8 @@ class Operator:
                         self._look_at_node(name)
                     case ForceDelete(pod, reason):
                         self._force_delete(pod, reason)
+                    case Forgive(pod):
+                        self._forgive(pod)
             except Exception:
                 self._report_bug()
 
@@ -418,6 +421,18 @@ class Operator:
                 nodes[name] = node
             self._nodes = nodes
         self._wake()
+
+    def _forgive(self, pod: Pod) -> None:
+        if not self._lease.held:
+            return
+        metadata = {"uid": pod.uid, "annotations": {names.IGNORED_FAILURES_ANNOTATION: "0"}}
+        try:
+            # As part of the status, for which there is a right that leaves the rest of pods alone.
+            self._cluster.patch("Pod", pod.name, {"metadata": metadata}, subresource="status")
+        except (NotFoundError, ConflictError, InvalidError):
+            pass  # it is another pod by now, or none
+        except ClusterError as error:
+            self._outages.failed("delays", error)
 
     def _force_delete(self, pod: Pod, reason: str) -> None:
         if not self._lease.held:

@@ -20,11 +20,17 @@ _TAINTED = "DeletionByTaintManager"
 OVERDUE_S = 5.0
 """How long a pod must be terminating before it is deleted by force."""
 
+SETTLED_S = 30.0
+"""A pod that has run for so long was worth its start."""
+
 LOOK_AGAIN_S = 5.0
 """How often a node is looked at while one of its pods terminates, or when it could not be read."""
 
 LABELS_LAST_S = 300.0
 """For how long a node's labels are taken for what they were, when another pod comes to it."""
+
+FORGIVE_AGAIN_S = 5.0
+"""When a pod that was forgiven and is delayed still is forgiven again."""
 
 DELETE_AGAIN_S = 15.0
 """When a pod that was deleted by force and is there still is deleted again."""
@@ -107,6 +113,14 @@ class ForceDelete:
 
 
 @dataclass(frozen=True)
+class Forgive:
+    """Have the Job controller forget the pods of this index that were taken away before this one, for each of
+    which it would wait twice as long before it makes the next."""
+
+    pod: Pod
+
+
+@dataclass(frozen=True)
 class LookAtNode:
     """Ask the API server for a node."""
 
@@ -120,7 +134,7 @@ class GiveUp:
     reason: str
 
 
-Action = Place | AskToLeave | Ended | Charge | Lost | ForceDelete | LookAtNode | GiveUp
+Action = Place | AskToLeave | Ended | Charge | Lost | ForceDelete | Forgive | LookAtNode | GiveUp
 
 
 @dataclass(kw_only=True)
@@ -137,6 +151,9 @@ class Memory:
     asked_with_all: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     placed: dict[str, Where] = field(default_factory=dict)
+    running_s: dict[str, float] = field(default_factory=dict)
+    """Since when a pod runs, as far as was seen."""
+    forgiven_s: dict[str, float] = field(default_factory=dict)
     terminating_s: dict[str, float] = field(default_factory=dict)
     deleted_s: dict[str, float] = field(default_factory=dict)
     dead_s: dict[str, float] = field(default_factory=dict)
@@ -204,6 +221,7 @@ class _Pass:
             self._bury(pod)
         for pod in self._pods.values():
             self._force(pod)
+            self._forgive(pod)
         self._judge_job()
         self._forget()
         return self._actions
@@ -311,6 +329,22 @@ class _Pass:
                 Charge(pod.worker_id, pod.name, ending.cause, f"pod {pod.name}: {ending.words}")
             )
 
+    def _forgive(self, pod: Pod) -> None:
+        memory, now_s = self._memory, self._now_s
+        if pod.phase == "Running" and not (pod.stopped or pod.deleted or pod.disruption):
+            innocent = now_s - memory.running_s.setdefault(pod.uid, now_s) >= SETTLED_S
+        elif pod.terminal and pod.tracked:
+            # Its successor waits. For how long it ran says nothing of the program if the cluster took it.
+            ending = classify(pod, self._node(pod), suspended=self._suspended)
+            seen = bool(pod.disruption) or pod.exit_code is not None
+            innocent = seen and ending.cause != "" and not ending.counts
+        else:
+            return
+        before_s = memory.forgiven_s.get(pod.uid)
+        if innocent and pod.delayed and (before_s is None or now_s - before_s >= FORGIVE_AGAIN_S):
+            memory.forgiven_s[pod.uid] = now_s
+            self._actions.append(Forgive(pod))
+
     def _force(self, pod: Pod) -> None:
         memory, now_s = self._memory, self._now_s
         if not pod.deleted:
@@ -349,7 +383,13 @@ class _Pass:
         memory.forgiving = False
         for known in (memory.asked, memory.asked_with_all, memory.lost):
             known.intersection_update(pods)
-        for table in (memory.placed, memory.terminating_s, memory.deleted_s):
+        for table in (
+            memory.placed,
+            memory.terminating_s,
+            memory.deleted_s,
+            memory.running_s,
+            memory.forgiven_s,
+        ):
             for uid in [uid for uid in table if uid not in pods]:
                 del table[uid]
         nodes = {pod.node for pod in pods.values()}

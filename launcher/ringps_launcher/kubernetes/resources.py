@@ -21,6 +21,8 @@ FAILED_CODE = 70
 SIGNAL_CODES = (134, 137, 139, 143)
 """Exit codes of a worker pod: it stopped at a checkpoint; the whole job has failed; its process died of
 SIGABRT, SIGKILL, SIGSEGV or SIGTERM."""
+UNSEEN_CODE = 255
+"""What a container runtime says of a container whose end it has not seen: its node stopped."""
 
 WORKER_BACKOFF_LIMIT = 6
 """Pods that end in any other way before the Job gives up: the program cannot be started."""
@@ -281,6 +283,9 @@ def _worker_job(spec: JobSpec) -> Manifest:
             "completions": spec.workers,
             "parallelism": spec.workers,
             "backoffLimit": WORKER_BACKOFF_LIMIT,
+            # By index, or every pod that is taken away would double the wait for the next of any index.
+            "backoffLimitPerIndex": WORKER_BACKOFF_LIMIT,
+            "maxFailedIndexes": 0,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules()},
             "suspend": bool(spec.queue),
@@ -312,7 +317,7 @@ def _failure_rules() -> list[Manifest]:
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         exits("Ignore", SUSPENDED_CODE),
         exits("FailJob", FAILED_CODE),
-        exits("Ignore", *SIGNAL_CODES),
+        exits("Ignore", *SIGNAL_CODES, UNSEEN_CODE),
     ]
 
 

@@ -41,6 +41,10 @@ class Pod:
     status_reason: str = ""
     """Why it is in this phase, in the kubelet's word for it ("Evicted")."""
     status_message: str = ""
+    delayed: bool = False
+    """Whether the Job controller will wait longer for its successor, because pods before it ended early."""
+    tracked: bool = False
+    """Whether the Job controller holds on to it, as it does until it has made its successor."""
     exit_code: int | None = None
     """Of its launcher, once that has ended."""
     exit_reason: str = ""
@@ -81,6 +85,8 @@ class Pod:
             disruption_message="" if disruption is None else _text(disruption, "message"),
             status_reason=_text(status, "reason"),
             status_message=_text(status, "message"),
+            delayed=annotations.get(names.IGNORED_FAILURES_ANNOTATION, "0") != "0",
+            tracked=names.TRACKING_FINALIZER in _texts(metadata, "finalizers"),
             exit_code=code if isinstance(code, int) else None,
             exit_reason=_text(ended, "reason"),
         )
@@ -164,6 +170,11 @@ def _mappings(parent: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 def _text(parent: Mapping[str, Any], key: str) -> str:
     value = parent.get(key)
     return value if isinstance(value, str) else ""
+
+
+def _texts(parent: Mapping[str, Any], key: str) -> list[str]:
+    value = parent.get(key)
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
 
 
 def _seconds(value: object) -> float:

@@ -237,6 +237,10 @@ class Status:
             self._step = step
             self._rate.reset()
 
+    def _charged(self, event: Mapping[str, Any], now_s: float) -> None:
+        if event.get("by_machine") is not True:  # pods are counted when they end
+            self._restarts["failed"] += 1
+
     def _restarting(self, event: Mapping[str, Any], now_s: float) -> None:
         self._restarts[RING] += 1
         self._members = []
@@ -258,6 +262,7 @@ _FOLDS: dict[str, Callable[[Status, Mapping[str, Any], float], None]] = {
     "training": Status._trains,
     "checkpoint_saved": Status._saved,
     "restored": Status._restored,
+    "restart_charged": Status._charged,
     "ring_restarting": Status._restarting,
     "waiting": Status._waits,
 }
@@ -268,6 +273,9 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "worker_lost": lambda e: f"worker {e.get('worker_id')} lost: {e.get('reason')}",
     "worker_left": lambda e: f"worker {e.get('worker_id')} left after step {e.get('step')}",
     "worker_joined": lambda e: f"worker {e.get('worker_id')} joined: {e.get('reason')}",
+    "restart_charged": lambda e: (
+        f"worker {e.get('worker_id')} failed: {e.get('reason')}; {e.get('restarts_left')} restarts left"
+    ),
     "joiner_lost": lambda e: f"worker {e.get('worker_id')} lost before it joined: {e.get('reason')}",
     "restored": lambda e: f"restored step {e.get('step')} from {e.get('directory')}",
     "ring_restarting": lambda e: f"the whole ring starts again: {e.get('reason')}",
