@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 GATEWAY = "10.244.0.1"
 """Where pods reach what is relayed from the machine (see `Fleet.expose`)."""
 _BRIDGE = "pods"
+_ADDRESS = "02:00:0a:f4:00:01"
 
 
 class Network:
@@ -36,7 +37,9 @@ class Network:
         self._namespace = _new_namespace()
         lines = [
             "link set lo up",
-            f"link add name {_BRIDGE} type bridge",
+            # Left to itself it takes on the lowest of its ports' addresses: another one as pods come and go,
+            # which those that are there would learn only after half a minute.
+            f"link add name {_BRIDGE} address {_ADDRESS} type bridge",
             f"addr add {GATEWAY}/16 dev {_BRIDGE}",
             *(f"addr add {address}/32 dev {_BRIDGE}" for address in services),
             f"link set {_BRIDGE} up",
