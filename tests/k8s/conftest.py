@@ -20,12 +20,14 @@ from tests.k8s.controlplane import ControlPlane, find_assets
 from tests.k8s.kubelet import Fleet, Image, obstacle
 from tests.k8s.reachable import Reachable
 from tests.k8s.waiting import eventually
+from tests.launching import ROOT
 from tests.leftovers import no_leftovers  # noqa: F401
 from tests.support import require
 
 IMAGE = "ringps/test:1"
 
 _BIN = str(Path(sys.executable).parent)
+_KEPT = tuple(dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix)))
 _TIMEOUT_S = 120
 """Of each test without a limit of its own: the first one that runs also starts the control plane."""
 
@@ -99,7 +101,9 @@ def nodes(control_plane: ControlPlane, namespace: str, runs_pods: None, tmp_path
     The image `ringps/test:1` is this machine, with our environment first on PATH; for others, set
     `nodes.images["name"] = Image(...)`.
     """
-    with Fleet(control_plane.kubeconfig, tmp_path / "nodes", {IMAGE: Image(path=(_BIN,))}) as fleet:
+    with Fleet(
+        control_plane.kubeconfig, tmp_path / "nodes", {IMAGE: Image(path=(_BIN,), kept=_KEPT)}
+    ) as fleet:
         try:
             yield fleet
         finally:

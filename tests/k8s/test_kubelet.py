@@ -500,7 +500,7 @@ def test_failing_containers_are_started_again_ever_later(here: Cluster, node: Fl
     status = here.pod("loops")["status"]
     assert status["phase"] == "Running" and condition(here.pod("loops"), "Ready")["status"] == "False"
     first, last = seconds(status["startTime"]), status["containerStatuses"][0]["lastState"]["terminated"]
-    assert seconds(last["finishedAt"]) - first >= 2  # one second and two, less rounding
+    assert seconds(last["finishedAt"]) - first >= 1  # it waited for one second and more, less rounding
 
 
 def test_a_pod_is_ready_while_its_port_answers_and_only_then_has_a_name(here: Cluster, node: Fleet) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,18 @@ class Image:
     """Directories that come first in PATH."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """Further variables."""
+    kept: tuple[str, ...] = ()
+    """Directories that a volume does not hide which is mounted above them."""
     cwd: str = "/"
     """Working directory, unless the container names one."""
     command: tuple[str, ...] = ()
     """What runs if the container names no command."""
+
+    def mounts(self, volumes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What is mounted after the volumes."""
+        targets = [f"{str(volume['target']).rstrip('/')}/" for volume in volumes]
+        hidden = [kept for kept in self.kept if any(f"{kept}/".startswith(target) for target in targets)]
+        return [{"source": place, "target": place, "read_only": True, "size_bytes": None} for place in hidden]
 
     def variables(self) -> dict[str, str]:
         return {"PATH": ":".join([*self.path, _PATH]), "HOME": "/root", **self.environ}

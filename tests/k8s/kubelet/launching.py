@@ -45,6 +45,7 @@ def plan(
         lookup=volumes.Objects(around.api, pod["metadata"]["namespace"]).text,
     )
     context = spec.get("securityContext") or {}
+    mounts = volumes.mounts_of(spec, sources)
     return Launch(
         argv=environment.command(spec, image.command, values),
         environ=values,
@@ -54,7 +55,7 @@ def plan(
         root=log.parent / "root",
         log=log,
         files=_files(pod, facts.hostname, attachment.address, around.dns),
-        mounts=volumes.mounts_of(spec, sources),
+        mounts=[*mounts, *image.mounts(mounts)],
         read_only=bool(context.get("readOnlyRootFilesystem")),
         drop_capabilities="ALL" in ((context.get("capabilities") or {}).get("drop") or ()),
         no_new_privileges=context.get("allowPrivilegeEscalation") is False,
