@@ -89,6 +89,7 @@ class ControlChannel:
         self._was_up = False
         self._down_since_s: float | None = None
         self._gone = False
+        self._heartbeat: zmq.Socket[bytes]
         self._beat: Callable[[int], Beat] | None = None
         self._beats = 0
         self._beat_due_s = 0.0
@@ -158,9 +159,13 @@ class ControlChannel:
 
         What cannot be sent at once is dropped: an old beat says nothing.
         """
+        host = endpoint.split(self._coordinator)[0]
         if self._beat is not None:
-            return  # welcomed again, after a broken connection
-        self._heartbeat.connect(f"tcp://{endpoint.join(endpoint.split(self._coordinator)[0], port)}")
+            # Welcomed again, on another connection. Where the coordinator's machine fell silent, the one for
+            # heartbeats has not broken, and leads nowhere.
+            self._heartbeat.close(linger=0)
+            self._heartbeat = self._heart(ipv6=":" in host)
+        self._heartbeat.connect(f"tcp://{endpoint.join(host, port)}")
         self._beat = beat
 
     def close(self, linger_s: float) -> None:
@@ -185,8 +190,7 @@ class ControlChannel:
         self._control.heartbeat_ivl = int(self._timeouts.heartbeat_timeout_s * 500)
         self._control.heartbeat_timeout = int(self._timeouts.heartbeat_timeout_s * 1000)
         self._monitor = self._control.get_monitor_socket(Handshake.EVENTS)
-        self._heartbeat = self._dealer(ipv6)
-        self._heartbeat.sndhwm = _BEATS_QUEUED
+        self._heartbeat = self._heart(ipv6)
         try:
             self._control.connect(f"tcp://{endpoint.join(host, port)}")
         except zmq.ZMQError as error:
@@ -207,6 +211,11 @@ class ControlChannel:
         dealer.connect_timeout = _CONNECT_MS
         if self._key is not None:
             self._key.secure_client(dealer)
+        return dealer
+
+    def _heart(self, ipv6: bool) -> zmq.Socket[bytes]:
+        dealer = self._dealer(ipv6)
+        dealer.sndhwm = _BEATS_QUEUED
         return dealer
 
     def _disconnect(self, linger_s: float) -> None:

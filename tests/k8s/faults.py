@@ -45,6 +45,9 @@ DECK = {
 LOCAL = ("kill pod", "kill process", "freeze pod", "kill coordinator")
 """What happens without the API server."""
 
+SPARING = ("delete coordinator", "kill coordinator", "API server away", "suspend")
+"""What takes no member, or all of them."""
+
 LASTS_S = {
     "drain node": (3.0, 10.0),
     "node reboots": (3.0, 4.0),
@@ -90,8 +93,8 @@ def draw(seed: int) -> list[Planned]:
         Planned(
             kind=kind,
             second=drawn.choice(LOCAL) if kind.endswith("and") else "",
-            steps=drawn.randint(10, 40),
-            members=drawn.choice((2, 2, 2, 2, 3, 3)),
+            steps=drawn.randint(10, 25),
+            members=1 if kind in SPARING else drawn.choice((2, 2, 2, 3)),
             lasts_s=drawn.uniform(*LASTS_S.get(kind, (0.0, 0.0))),
             seed=drawn.getrandbits(32),
         )
@@ -413,21 +416,22 @@ class Campaign:
             self._api_there = True
 
         self._in(planned.lasts_s, "the API server is there again", start, needs_api=False)
+        said = [f"for {planned.lasts_s:.0f} s"]
         if planned.second:
-            self.until(lambda: self._second(planned), f"somebody whom {planned.second} can hit")
-        return f"for {planned.lasts_s:.0f} s"
+            self.until(lambda: self._second(planned, said), f"somebody whom {planned.second} can hit")
+        return "; meanwhile ".join(said)
 
-    def _second(self, planned: Planned) -> str:
+    def _second(self, planned: Planned, said: list[str]) -> bool:
         do = {
             "kill pod": self._kill_pod,
             "kill process": self._kill_process,
             "freeze pod": self._freeze_pod,
             "kill coordinator": self._kill_coordinator,
         }
-        said = do[planned.second](planned)
-        if said:
-            self.note(f"meanwhile, {planned.second}: {said}")
-        return said
+        assert not self._api_there, f"nobody whom {planned.second} could hit while the API server was away"
+        if whom := do[planned.second](planned):
+            said.append(f"{planned.second}: {whom}")
+        return bool(whom)
 
     def _suspend(self, planned: Planned) -> str:
         said = self._pods.ringps("suspend", self._job.name, limit_s=_LIMIT_S).stdout
