@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ringps_launcher.kubernetes import names
@@ -93,8 +94,8 @@ def draw(seed: int) -> list[Planned]:
         Planned(
             kind=kind,
             second=drawn.choice(LOCAL) if kind.endswith("and") else "",
-            steps=drawn.randint(10, 25),
-            members=1 if kind in SPARING else drawn.choice((2, 2, 2, 3)),
+            steps=drawn.randint(10, 20),
+            members=1 if kind in SPARING else drawn.choice((2, 2, 2, 2, 3)),
             lasts_s=drawn.uniform(*LASTS_S.get(kind, (0.0, 0.0))),
             seed=drawn.getrandbits(32),
         )
@@ -141,12 +142,12 @@ class Campaign:
         for number, planned in enumerate(plan, 1):
             at = self.trail.last_step
             self.until(
-                lambda at=at, planned=planned: self._ready(at, planned),  # type: ignore[misc]
+                partial(self._ready, at, planned),
                 f"before fault {number} ({planned.kind}): from step {at} on {planned.steps} more, and "
                 f"{planned.members} members",
             )
             self._drawn = random.Random(planned.seed)
-            self.until(lambda planned=planned: self._fault(planned), f"somebody whom {planned.kind} can hit")  # type: ignore[misc]
+            self.until(partial(self._fault, planned), f"somebody whom {planned.kind} can hit")
             self.done[planned.kind] += 1
 
     def mend(self) -> None:
@@ -283,7 +284,10 @@ class Campaign:
             "suspend": self._suspend,
             "preempt": self._preempt,
         }
-        said = do[kind](planned)
+        try:
+            said = do[kind](planned)
+        except (LookupError, NotFoundError):  # whom it was to hit has ended just then
+            return ""
         if said:
             self.note(f"{kind}: {said}; {len(self._safe())} of {len(self.trail.members)} members are to stay")
         return said

@@ -629,6 +629,7 @@ def test_pods_run_on_while_the_api_server_is_away(here: Cluster, node: Fleet) ->
 
 def test_a_node_that_hangs_is_lost_and_ends_its_pods_when_it_is_back(here: Cluster, nodes: Fleet) -> None:
     nodes.add("n1", heartbeat_s=0.5)
+    nodes.add("n2", pods=0)  # where no node lives, none is held to be dead
     tolerations = [
         {
             "key": f"node.kubernetes.io/{what}",
@@ -720,7 +721,7 @@ place = network.join()
 launch = Launch(
     argv=["sh", "-c", "sleep 1000 & sleep 1000"], environ={"PATH": os.environ["PATH"]}, cwd="/", hostname="h",
     network=place.namespace, root=directory / "root", log=directory / "log.log", files={}, mounts=[],
-    read_only=False, drop_capabilities=True, no_new_privileges=True,
+    read_only=False, drop_capabilities=True, no_new_privileges=True, groups=[],
 )
 container = Container(launch, lambda: None)
 while container.pid is None:
