@@ -26,8 +26,8 @@ GPUS = 2
 """Of each node that has any."""
 
 DECK = {
-    "kill pod": 4,
-    "kill process": 3,
+    "kill pod": 3,
+    "kill process": 4,
     "delete pod": 3,
     "evict pod": 1,
     "node evicts pod": 2,
@@ -36,12 +36,12 @@ DECK = {
     "node vanishes": 1,
     "node is replaced": 1,
     "freeze pod": 2,
-    "delete coordinator": 1,
+    "delete coordinator": 2,
     "kill coordinator": 2,
     "API server away": 2,
     "API server away, and": 1,
     "suspend": 2,
-    "preempt": 2,
+    "preempt": 1,
 }
 LOCAL = ("kill pod", "kill process", "freeze pod", "kill coordinator")
 """What happens without the API server."""
