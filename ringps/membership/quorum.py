@@ -23,14 +23,7 @@ from ringps.membership.admission import refusal
 from ringps.membership.catching_up import catch_up
 from ringps.membership.ending import Ending
 from ringps.membership.ends import Ends
-from ringps.membership.events import (
-    Action,
-    Beaten,
-    Event,
-    QuorumSettings,
-    Received,
-    Tick,
-)
+from ringps.membership.events import Action, Beaten, Event, QuorumSettings, Received, Tick
 from ringps.membership.launchers import Launchers
 from ringps.membership.machines import Machines
 from ringps.membership.notes import note

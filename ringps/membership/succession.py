@@ -391,7 +391,8 @@ class Succession:
             if worker_id in self._state.surroundings.forsaken:
                 continue
             if worker is None or worker.phase is Phase.AWAITED:
-                if now_s >= self._unheard_until_s:
+                # One whose end its launcher told of cannot come back.
+                if now_s >= self._unheard_until_s or worker_id in self._unheard:
                     vacant[worker_id] = "no process of this worker takes part"
             elif worker.vacant:
                 vacant[worker_id] = worker.end

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from ringps_launcher.kubernetes.client import Cluster
 from ringps_launcher.kubernetes.errors import NotFoundError
+from tests.k8s.commands import IMAGE, Run
 from tests.k8s.component import StartError
 from tests.k8s.controlplane import ControlPlane, find_assets
 from tests.k8s.kubelet import Fleet, Image, obstacle
@@ -23,8 +25,6 @@ from tests.k8s.waiting import eventually
 from tests.launching import ROOT
 from tests.leftovers import no_leftovers  # noqa: F401
 from tests.support import require
-
-IMAGE = "ringps/test:1"
 
 _BIN = str(Path(sys.executable).parent)
 _KEPT = tuple(dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix)))
@@ -85,6 +85,19 @@ def namespace(cluster: Reachable) -> Iterator[str]:
     name = f"test-{uuid.uuid4().hex[:8]}"
     with new_namespace(cluster, name):
         yield name
+
+
+@pytest.fixture
+def api(cluster: Reachable, namespace: str) -> Iterator[Cluster]:
+    """The administrator's connection to the fresh namespace."""
+    with cluster.connect(namespace) as connection:
+        yield connection
+
+
+@pytest.fixture
+def ringps(cluster: Reachable, namespace: str, capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command, in that namespace."""
+    return Run(cluster.kubeconfig, namespace, capfd)
 
 
 @pytest.fixture(scope="session")

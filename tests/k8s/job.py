@@ -14,7 +14,7 @@ from typing import Any
 from ringps_launcher.kubernetes import names
 from ringps_launcher.kubernetes.client import Cluster
 from ringps_launcher.kubernetes.errors import ClusterError, NotFoundError
-from tests.k8s.conftest import IMAGE
+from tests.k8s.commands import IMAGE
 from tests.k8s.controlplane import ControlPlane
 from tests.k8s.kubelet import Fleet
 from tests.k8s.ledger import Ledger

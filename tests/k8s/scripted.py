@@ -8,7 +8,7 @@ from ringps_launcher.kubernetes import names
 from ringps_launcher.kubernetes.client import Cluster
 from ringps_launcher.kubernetes.resources import manifests
 from ringps_launcher.kubernetes.spec import JobSpec
-from tests.k8s.conftest import IMAGE
+from tests.k8s.commands import IMAGE
 
 SERVES = f"exec python3 -m http.server {names.CONTROL_PORT}"
 """A coordinator that is ready, as far as anybody can see from outside."""

@@ -51,11 +51,6 @@ def condition(thing: dict[str, Any], kind: str) -> dict[str, Any]:
     return found[0] if found else {}
 
 
-@pytest.fixture
-def api(cluster: Reachable, namespace: str) -> Cluster:
-    return cluster.connect(namespace)
-
-
 def test_pods_of_a_job_wait_for_a_node_and_go_with_it(api: Cluster) -> None:
     api.create(job("ring", 3))
 

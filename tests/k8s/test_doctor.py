@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from tests.k8s.kubelet.fleet import Fleet
 from tests.k8s.reachable import Reachable
 
 Levels = dict[str, list[Finding]]
-
-
-@pytest.fixture
-def api(cluster: Reachable, namespace: str) -> Iterator[Cluster]:
-    with cluster.connect(namespace) as connection:
-        yield connection
 
 
 def found(api: Cluster, *, queue: str = "", gpu_resource: str = "nvidia.com/gpu") -> Levels:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.conftest import IMAGE
+from tests.k8s.commands import IMAGE
 from tests.k8s.controlplane import ControlPlane
 from tests.k8s.kubelet import Fleet, Image
 from tests.k8s.waiting import eventually

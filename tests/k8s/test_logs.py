@@ -26,12 +26,6 @@ RUNS = "trap 'exit 0' TERM; sleep 1000 & wait"
 TICKS = "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.05; done"
 
 
-@pytest.fixture
-def api(cluster: Reachable, namespace: str) -> Iterator[Cluster]:
-    with cluster.connect(namespace) as connection:
-        yield connection
-
-
 def pods(api: Cluster, name: str = "digits") -> dict[int, list[str]]:
     """Names of the workers' pods by worker id, the oldest first."""
     found: dict[int, list[str]] = {}

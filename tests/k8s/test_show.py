@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,6 @@ from tests.k8s.scripted import create
 from tests.k8s.waiting import eventually
 
 RUNS = "trap 'exit 75' TERM; sleep 1000 & wait"
-
-
-@pytest.fixture
-def api(cluster: Reachable, namespace: str) -> Iterator[Cluster]:
-    with cluster.connect(namespace) as connection:
-        yield connection
 
 
 def look(api: Cluster, name: str = "digits") -> JobView:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.k8s.conftest import IMAGE
+from tests.k8s.commands import IMAGE
 from tests.k8s.controlplane import ControlPlane
 from tests.k8s.job import SMALL, Job, Pods
 from tests.k8s.kubelet import Fleet

@@ -1221,6 +1221,17 @@ class TestRestart:
         assert job.quorum.generation == 5
         assert not job.told(Prepare)
 
+    def test_whose_end_its_launcher_tells_of_is_replaced_at_once(self) -> None:
+        job = ElasticJob(None, 2)
+        self.launcher_back(job)
+        self.back(job, 0, 1, members=SEATS[:3])
+        job.say("w0", Admitting(generation=5))
+        assert not job.told(Replaceable)
+        job.ends(3, 77, 137)
+        assert [told.worker_id for told in job.heard("l0", Replaceable)] == [3]
+        job.sleep(3.2)
+        assert [told.worker_id for told in job.heard("l0", Replaceable)] == [3, 2]
+
     def test_one_that_finished_meanwhile_has_left(self) -> None:
         job = ElasticJob(None, 2)
         self.launcher_back(job)

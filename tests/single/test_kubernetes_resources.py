@@ -12,7 +12,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ringps_launcher.kubernetes import names, quantities, resources
+from ringps_launcher.kubernetes import names, quantities
 from ringps_launcher.kubernetes.resources import Manifest, manifests
 from ringps_launcher.kubernetes.spec import MAX_FILES_BYTES, OWN_ENV, JobSpec, Toleration
 from ringps_launcher.kubernetes.yaml import from_yaml, to_yaml
@@ -502,9 +502,3 @@ def test_pods_have_the_longest_names_that_fit() -> None:
         assert len(found["metadata"]["name"]) <= 63
     assert len(f"{longest.name}-{longest.workers - 1}") <= 63
     assert len(f"{names.coordinator(longest.name)}-abcde") <= 63
-
-
-def test_exit_codes_agree_with_the_launch_contract() -> None:
-    from ringps import worker_env
-
-    assert resources.SUSPENDED_CODE == worker_env.SUSPENDED_CODE

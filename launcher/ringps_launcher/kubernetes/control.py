@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ringps_launcher.kubernetes import names
 from ringps_launcher.kubernetes.bundle import KINDS
@@ -19,8 +17,8 @@ from ringps_launcher.kubernetes.errors import (
     NotFoundError,
     UnreachableError,
 )
-
-Object = dict[str, Any]
+from ringps_launcher.kubernetes.fields import Object, holds
+from ringps_launcher.kubernetes.observe import job_called
 
 _POLL_S = 0.5
 _MARGIN_S = 60.0
@@ -36,7 +34,7 @@ def suspend(options: argparse.Namespace) -> int:
 
 
 def _suspend(cluster: Cluster, options: argparse.Namespace) -> int:
-    job = find(cluster, options.name)
+    job = job_called(cluster, options.name)
     _refuse_if_over(job)
     if _is_suspended(cluster, job):
         print(f"job {options.name} is suspended already")
@@ -62,7 +60,7 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def _resume(cluster: Cluster, options: argparse.Namespace) -> int:
-    job = find(cluster, options.name)
+    job = job_called(cluster, options.name)
     _refuse_if_over(job)
     if not _is_suspended(cluster, job):
         print(f"job {options.name} is not suspended")
@@ -81,7 +79,7 @@ def cancel(options: argparse.Namespace) -> int:
 
 def _cancel(cluster: Cluster, options: argparse.Namespace) -> int:
     try:
-        job = find(cluster, options.name)
+        job = job_called(cluster, options.name)
     except NotFoundError:
         if not names.DNS_LABEL.fullmatch(options.name) or not _has_remains(cluster, options.name):
             raise
@@ -106,28 +104,9 @@ def _cancel(cluster: Cluster, options: argparse.Namespace) -> int:
     return 0
 
 
-def find(cluster: Cluster, name: str) -> Object:
-    """The worker Job of the job called `name`; a `NotFoundError` lists the jobs that there are."""
-    job: Object = {}
-    if names.DNS_LABEL.fullmatch(name):
-        with contextlib.suppress(NotFoundError):
-            job = cluster.get("Job", name)
-    labels = (job.get("metadata") or {}).get("labels") or {}
-    wanted = names.labels(name, names.WORKER)
-    if all(labels.get(label) == value for label, value in wanted.items()):
-        return job
-    known = sorted(
-        one["metadata"]["name"] for one in cluster.list("Job", labels=names.selector(None, names.WORKER))
-    )
-    raise NotFoundError(
-        f"there is no job {name} in namespace {cluster.namespace}; there are: {', '.join(known) or 'none'}"
-    )
-
-
 def _refuse_if_over(job: Object) -> None:
-    for condition in (job.get("status") or {}).get("conditions") or ():
-        if condition.get("type") in ("Complete", "Failed") and condition.get("status") == "True":
-            end = "is done" if condition["type"] == "Complete" else "has failed"
+    for condition, end in (("Complete", "is done"), ("Failed", "has failed")):
+        if holds(job, condition):
             raise ClusterError(f"job {job['metadata']['name']} {end}: there is nothing to suspend or resume")
 
 

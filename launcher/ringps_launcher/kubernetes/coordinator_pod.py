@@ -33,7 +33,8 @@ from ringps_launcher.console import Console
 from ringps_launcher.coordinate import Options
 from ringps_launcher.events import Journal
 from ringps_launcher.kubernetes.client import Cluster
-from ringps_launcher.kubernetes.errors import ClusterError, NotFoundError
+from ringps_launcher.kubernetes.errors import ClusterError, ForbiddenError, NotFoundError
+from ringps_launcher.kubernetes.fields import holds
 from ringps_launcher.kubernetes.operator import Operator, OperatorSettings
 from ringps_launcher.kubernetes.status import JobFacts
 from ringps_launcher.loop import Loop, stop_signals
@@ -45,7 +46,7 @@ PATIENCE_S = 30.0
 _LOOK_S = 1.0
 """How often it is looked whether all workers' pods have heard that the job is over."""
 _LEFT_S = 60.0
-"""For how long, at most, where the API server cannot tell."""
+"""For how long, at most, where that cannot be told: the Job is suspended, or we may not look at it."""
 _FLUSH_S = 1.0
 
 
@@ -233,16 +234,20 @@ class CoordinatorPod:
         waited_s = 0.0
         while not self._stopping.wait(_LOOK_S):
             waited_s += _LOOK_S
+            untold = False
             try:
                 job = self._cluster.get("Job", self._name)
             except NotFoundError:
                 break
+            except ForbiddenError:
+                untold = True
             except ClusterError:
                 continue
-            conditions = (job.get("status") or {}).get("conditions") or []
-            if any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in conditions):
-                break
-            if (job.get("spec") or {}).get("suspend") and waited_s >= _LEFT_S:
+            else:
+                if holds(job, "Complete") or holds(job, "Failed"):
+                    break
+                untold = bool((job.get("spec") or {}).get("suspend"))
+            if untold and waited_s >= _LEFT_S:
                 break
         self._loop.post(lambda: self._stop(0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -29,10 +30,10 @@ def job_called(cluster: Cluster, name: str) -> Object:
     Raises:
         NotFoundError: there is none; the message names those that there are.
     """
-    try:
-        job = cluster.get("Job", name)
-    except NotFoundError:
-        job = {}
+    job: Object = {}
+    if names.DNS_LABEL.fullmatch(name):
+        with contextlib.suppress(NotFoundError):
+            job = cluster.get("Job", name)
     if component_of(job) == names.WORKER and label(job, names.INSTANCE_LABEL) == name:
         return job
     known = sorted(name_of(one) for one in cluster.list("Job", labels=names.selector(None, names.WORKER)))

@@ -61,6 +61,8 @@ SEEN_ENTRY = "seen"
 _TICK_S = 1.0
 _MOST_NOTES = 10_000
 _MOST_ERRANDS = 4096
+_RIGHTS_S = 10.0
+"""How long a missing right is waited for, before what an earlier coordinator has left counts as lost."""
 _TRACEBACKS = 10
 
 
@@ -180,6 +182,7 @@ class Operator:
         if not self._lease.acquire(stop, self._say):
             return False
         self._lease.keep(self._on_lease_lost)
+        refusable_s = self._clock() + _RIGHTS_S
         while not stop.is_set():
             if not self._lease.held:
                 stop.wait(RETRY_S)
@@ -187,8 +190,10 @@ class Operator:
             try:
                 data = self._publisher.claim(self._lease.term)
             except (NotFoundError, ForbiddenError, InvalidError) as error:
-                self._say(f"{error}; nobody will see this job's status")
-                return True
+                # An API server that has just started may not know of all rights yet.
+                if not isinstance(error, ForbiddenError) or self._clock() >= refusable_s:
+                    self._say(f"{error}; nobody will see this job's status")
+                    return True
             except ConflictError:
                 pass
             except ClusterError as error:

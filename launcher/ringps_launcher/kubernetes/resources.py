@@ -11,16 +11,14 @@ import json
 import math
 from typing import Any
 
+from ringps.worker_env import FAILED_CODE, SUSPENDED_CODE
 from ringps_launcher.kubernetes import names, quantities
 from ringps_launcher.kubernetes.spec import JobSpec
 
 Manifest = dict[str, Any]
 
-SUSPENDED_CODE = 75
-FAILED_CODE = 70
 SIGNAL_CODES = (134, 137, 139, 143)
-"""Exit codes of a worker pod: it stopped at a checkpoint; the whole job has failed; its process died of
-SIGABRT, SIGKILL, SIGSEGV or SIGTERM."""
+"""Exit codes of a worker pod whose process died of SIGABRT, SIGKILL, SIGSEGV or SIGTERM."""
 UNSEEN_CODE = 255
 """What a container runtime says of a container whose end it has not seen: its node stopped."""
 
