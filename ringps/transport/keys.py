@@ -46,8 +46,9 @@ class JobKey:
         path = Path(path)
         try:
             status = path.stat()
-            # In a pod, root gives the file to the group that the pod's processes are in (fsGroup).
-            given = status.st_uid == 0 and status.st_gid in {os.getegid(), *os.getgroups()}
+            # In a pod, root gives the file to the group that the pod's processes are in (fsGroup);
+            # root's own group is what every other file of root's has.
+            given = status.st_uid == 0 and status.st_gid in {os.getegid(), *os.getgroups()} - {0}
             if status.st_mode & (0o037 if given else 0o077):
                 raise SetupError(f"key file {path} can be read by other users; run: chmod 600 {path}")
             header, public, secret = path.read_text(encoding="ascii").split()
