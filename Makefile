@@ -16,9 +16,11 @@ setup:  ## Make .venv; does nothing when that is done already
 demo: setup  ## Train a digit classifier on 4 workers, and check what comes out
 	$(BIN)/ringps run -n 4 examples/digits.py $(ARGS)
 
-SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_kills.py test_examples.py test_gpu_job.py \
-	test_pods.py test_shaped_links.py) \
-	tests/single/test_gpu_benchmark.py
+SMOKE := $(addprefix tests/parallel/,test_benchmarks.py test_checkpoint_job.py test_checkpoint_kills.py \
+	test_coordinator_fuzz.py test_examples.py test_faults.py test_gpu_job.py test_pods.py test_shaped_links.py \
+	test_shared_memory_job.py) \
+	$(addprefix tests/single/,test_gpu_benchmark.py test_worker_fuzz.py)
+K8S := tests/k8s --ignore=tests/k8s/test_random_faults.py
 REHEARSED := $(addprefix tests/gpu/,test_collectives.py test_training.py test_recovery.py)
 
 test: setup  ## Run the tests (ARGS="tests/single -k ring"), but for those of `make smoke`
@@ -38,7 +40,12 @@ k8s-testenv:  ## Build the control plane for `make k8s`; does nothing when that 
 	@scripts/k8s_testenv
 
 k8s: setup k8s-testenv  ## Test against a real Kubernetes control plane (ARGS="-k submit"); nodes need root
-	$(BIN)/python -m pytest tests/k8s --ignore=tests/k8s/test_random_faults.py $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@# Much of it is waiting, so there are two at a time, each with a control plane of its own.
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(K8S)
+else
+	$(BIN)/python -m pytest $(K8S) $(ARGS)
+endif
 
 k8s-chaos: setup k8s-testenv  ## Train in pods under 30 random faults; RINGPS_TEST_SEED repeats a run
 	$(BIN)/python -m pytest -s tests/k8s/test_random_faults.py $(ARGS)

@@ -122,7 +122,7 @@ def node(nodes: Fleet) -> Fleet:
 
 
 def condition(pod: Object, kind: str) -> Object:
-    return next((c for c in pod["status"]["conditions"] if c["type"] == kind), {"status": "missing"})
+    return next((c for c in pod["status"].get("conditions", []) if c["type"] == kind), {"status": "missing"})
 
 
 def seconds(stamp: str) -> float:
