@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Callable
 
 import hypothesis
@@ -23,6 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="record the golden files anew instead of comparing with them; read the diff afterwards",
     )
+
+
+def pytest_configure() -> None:
+    """Programs that tests start hear all signals, also where `nohup` or `&` made this process ignore some.
+
+    A program inherits what is ignored, but no handler.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture
