@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,6 +125,9 @@ def test_uneven_shares_are_weighted_by_their_samples(
 ) -> None:
     """Batches of 10 among 3 or 4 ranks, and a last one of 7, which comes inside an accumulation."""
     dataset = TensorDataset(numbers(47, 6, seed=2), numbers(47, 3, seed=3))
+    # The ranks are threads: while one forks, others hold locks, which nobody would release in the child.
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["torch"])
 
     def script(ring: Communicator | None) -> list[torch.Tensor]:
         place = (0, 1) if ring is None else (ring.rank, ring.world_size)
@@ -134,7 +138,12 @@ def test_uneven_shares_are_weighted_by_their_samples(
             optimizer = DistributedOptimizer(
                 optimizer, model, sampler=sampler, accumulate_steps=accumulate_steps, communicator=ring
             )
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            multiprocessing_context=clean if workers else None,
+        )
         backwards = 0
         for _ in range(3):
             for inputs, targets in loader:
