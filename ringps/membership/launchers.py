@@ -7,6 +7,8 @@ once, whatever the ring does: what it reports of them is awaited.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ringps.membership.catching_up import catch_up_launcher, warn_launchers
 from ringps.membership.ending import Ending
 from ringps.membership.ends import Ends
@@ -143,9 +145,7 @@ class Launchers:
             return
         if state.restarts is not None:
             state.restarts.began(now_s)
-        for session in state.plan.launchers:
-            state.out.send_to(session, state.plan.assignment(session))
-        warn_launchers(state, state.plan.launchers)
+        self._assign(state.plan.launchers)
 
     def seat_waiting(self, now_s: float) -> None:
         """Those whose time has come take their seats; all hear of the job's end."""
@@ -179,6 +179,14 @@ class Launchers:
                 state.emit("waiting", reason=clip(waits_for))
 
     # Inside.
+
+    def _assign(self, sessions: Iterable[str]) -> None:
+        """Tell those of them that have seats which ids are theirs."""
+        plan, told = self._state.plan, set(sessions)
+        seated = [session for session in plan.launchers if session in told]
+        for session in seated:
+            self._state.out.send_to(session, plan.assignment(session))
+        warn_launchers(self._state, seated)
 
     def _outlive(self, now_s: float) -> None:
         """All scripts are done. Where a pod is there in the place of another whose exit is still awaited,
@@ -234,10 +242,12 @@ class Launchers:
     def _seat(self, hello: LauncherHello, now_s: float) -> str | None:
         """It has a part in the plan from now on."""
         state = self._state
-        abandoned = self._succession.abandoned()
+        abandoned, dealt = self._succession.abandoned(), state.plan.complete
         detail = state.plan.offer(hello, now_s, abandoned)
         if detail is not None:
             return detail
+        if state.plan.complete and not dealt:
+            self._assign(state.launchers)  # one that is back has shown that the ids are dealt out
         state.launchers.add(hello.session)
         if state.settings.pods:
             for at in range(hello.slots):

@@ -691,6 +691,20 @@ class TestAnotherCoordinator:
             after.worker(name)
         assert after.quorum.generation == 5 + NUMBERS_SKIPPED + 1
 
+    def test_new_launchers_that_came_before_one_that_is_back_get_their_ids_with_it(self) -> None:
+        job = restarted(4, 1)
+        job.pod("p2")
+        job.pod("p0")
+        assert not job.told(Assignment)
+        job.pod("p1", back=True)
+        given = {
+            name: [told.first_worker_id for told in job.heard(name, Assignment)]
+            for name in ("p0", "p1", "p2")
+        }
+        assert given == {"p0": [0], "p1": [1], "p2": [2]}
+        job.pod("p3", back=True)
+        assert sorted(job.told(Assignment)) == ["p0", "p1", "p2", "p3"]
+
     def test_a_ring_does_not_form_of_those_that_come_back_first(self) -> None:
         """Before the first generation has formed, all say hello again, one after the other."""
         for least in (3, 1):
