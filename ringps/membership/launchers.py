@@ -7,8 +7,6 @@ once, whatever the ring does: what it reports of them is awaited.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ringps.membership.catching_up import catch_up_launcher, warn_launchers
 from ringps.membership.ending import Ending
 from ringps.membership.ends import Ends
@@ -145,7 +143,7 @@ class Launchers:
             return
         if state.restarts is not None:
             state.restarts.began(now_s)
-        self._assign(state.plan.launchers)
+        self._assign()
 
     def seat_waiting(self, now_s: float) -> None:
         """Those whose time has come take their seats; all hear of the job's end."""
@@ -180,13 +178,12 @@ class Launchers:
 
     # Inside.
 
-    def _assign(self, sessions: Iterable[str]) -> None:
-        """Tell those of them that have seats which ids are theirs."""
-        plan, told = self._state.plan, set(sessions)
-        seated = [session for session in plan.launchers if session in told]
-        for session in seated:
+    def _assign(self) -> None:
+        """Tell all that have seats which ids are theirs."""
+        plan = self._state.plan
+        for session in plan.launchers:
             self._state.out.send_to(session, plan.assignment(session))
-        warn_launchers(self._state, seated)
+        warn_launchers(self._state, plan.launchers)
 
     def _outlive(self, now_s: float) -> None:
         """All scripts are done. Where a pod is there in the place of another whose exit is still awaited,
@@ -247,7 +244,7 @@ class Launchers:
         if detail is not None:
             return detail
         if state.plan.complete and not dealt:
-            self._assign(state.launchers)  # one that is back has shown that the ids are dealt out
+            self._assign()  # it is back, which shows that the ids are dealt out: also to those before it
         state.launchers.add(hello.session)
         if state.settings.pods:
             for at in range(hello.slots):
