@@ -80,6 +80,16 @@ class Membership(Protocol):
         """Have a line written to the events file."""
 
 
+class _Held(NamedTuple):
+    """A result, as this rank votes for it."""
+
+    generation: int
+    result: bytes
+    """Its hash."""
+    parameters: bytes
+    """As `Status.parameters`."""
+
+
 class Change(NamedTuple):
     """What all members agreed on for the next moment between two steps."""
 
@@ -152,8 +162,8 @@ class ElasticCommunicator(Communicator):
         self._recovery = recovery
         self._lock = threading.RLock()
         self._committed = 0
-        self._held: tuple[int, bytes] | None = None
-        """Generation and hash of the result that this rank holds and has not committed."""
+        self._held: _Held | None = None
+        """The result that this rank holds and has not committed."""
         self._unsettled = False
         """The generation is new, and its members have not told each other how far they are."""
         self._together = False
@@ -268,8 +278,8 @@ class ElasticCommunicator(Communicator):
                     self._repeated += attempts > 0
                 attempts += 1
                 result = attempt(attempts - 1)
-                self._held = (self._generation.number, result)
                 said = ballot()
+                self._held = _Held(self._generation.number, result, said.parameters)
                 if probe.listener is not None:
                     probe.reached("vote", step=said.step, attempt=attempts - 1)
                 votes = self._vote(result, said)
@@ -357,14 +367,15 @@ class ElasticCommunicator(Communicator):
         """Tell each other how far we are; whether this rank is to commit what it holds."""
         if probe.listener is not None:
             probe.reached("handshake", generation=self._generation.number)
-        held = self._held
+        held = self._held or _Held(0, NOTHING, NOTHING)
         own = Status(
             committed=self._committed,
-            generation=held[0] if held else 0,
-            holds=held is not None,
+            generation=held.generation,
+            holds=self._held is not None,
             between=between,
             joining=self._joining,
-            result=held[1] if held else NOTHING,
+            result=held.result,
+            parameters=held.parameters,
         )
         statuses = [Status.unpack(raw) for raw in self._gather(own.pack(), STATUS_BYTES)]
         step, reason = resume(statuses, self.rank)

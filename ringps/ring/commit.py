@@ -8,8 +8,8 @@ So, after a failure:
 
 - Nobody has committed an operation for which some rank did not vote. If a survivor does not hold the result,
   the operation is done again by the survivors, from inputs that are kept until the commit.
-- If all survivors hold the result, a rank that is gone may have committed it. All survivors commit it too
-  (they roll forward). It is complete: whoever is gone had given its part.
+- If all survivors hold the result, and their votes agreed, a rank that is gone may have committed it. All
+  survivors commit it too (they roll forward). It is complete: whoever is gone had given its part.
 - Ranks differ by one operation at most, since the next one needs all of them.
 
 This is two-phase commit (Gray, 1978) whose outcome is never in doubt: any survivor's memory of its own vote
@@ -32,7 +32,7 @@ NOTHING = bytes(HASH_BYTES)
 
 _NOBODY = 0xFFFF
 _VOTE = struct.Struct(f"<QIIQ16s16sIBB2x{MOST_JOINERS}H")
-_STATUS = struct.Struct("<QI???x16s")
+_STATUS = struct.Struct("<QI???x16s16s")
 VOTE_BYTES = _VOTE.size
 STATUS_BYTES = _STATUS.size
 
@@ -175,11 +175,12 @@ class Status(NamedTuple):
     result: bytes
     """That result's hash."""
 
+    parameters: bytes
+    """Hash of the parameters to which it is to be applied; `NOTHING` if they are not compared now."""
+
     def pack(self) -> bytes:
         """`STATUS_BYTES` bytes."""
-        return _STATUS.pack(
-            self.committed, self.generation, self.holds, self.between, self.joining, self.result
-        )
+        return _STATUS.pack(*self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Status:
@@ -223,6 +224,8 @@ def resume(statuses: Sequence[Status], rank: int) -> tuple[Step, str]:
         return Step.AGAIN, "a member lacks the result, so nobody can have committed it"
     if len({(status.generation, status.result) for status in statuses}) > 1:
         return Step.AGAIN, "the members hold different results, so nobody can have committed one"
+    if len({status.parameters for status in statuses}) > 1:
+        return Step.AGAIN, "the members have different parameters, so nobody can have committed the result"
     return Step.FORWARD, "all members hold the result, and one that is gone may have committed it"
 
 

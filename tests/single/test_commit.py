@@ -68,7 +68,7 @@ def test_a_vote_is_read_as_it_was_written(vote: Vote) -> None:
     assert Vote.unpack(vote.pack()) == vote
 
 
-@given(st.builds(Status, numbers, generations, st.booleans(), st.booleans(), st.booleans(), hashes))
+@given(st.builds(Status, numbers, generations, st.booleans(), st.booleans(), st.booleans(), hashes, hashes))
 def test_a_status_is_read_as_it_was_written(status: Status) -> None:
     assert len(status.pack()) == STATUS_BYTES
     assert Status.unpack(status.pack()) == status
@@ -148,14 +148,19 @@ def test_who_comes_and_who_goes() -> None:
 
 
 def status(
-    committed: int, held: bytes | None = None, *, generation: int = 1, between: bool = False
+    committed: int,
+    held: bytes | None = None,
+    *,
+    generation: int = 1,
+    between: bool = False,
+    parameters: bytes = NOTHING,
 ) -> Status:
     if held is None:
-        return Status(committed, 0, False, between, False, NOTHING)
-    return Status(committed, generation, True, between, False, held)
+        return Status(committed, 0, False, between, False, NOTHING, NOTHING)
+    return Status(committed, generation, True, between, False, held, parameters)
 
 
-NEW = Status(0, 0, False, True, True, NOTHING)
+NEW = Status(0, 0, False, True, True, NOTHING, NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +172,13 @@ NEW = Status(0, 0, False, True, True, NOTHING)
         ([status(4, RIGHT)], (True,), "may have committed it"),
         ([status(4, RIGHT), status(4, WRONG)], (False, False), "different results"),
         ([status(4, RIGHT), status(4, RIGHT, generation=2)], (False, False), "different results"),
+        # The vote would have found that out, so nobody has committed it.
+        (
+            [status(4, RIGHT, parameters=RIGHT), status(4, RIGHT, parameters=OTHER)],
+            (False, False),
+            "different parameters",
+        ),
+        ([status(4, RIGHT, parameters=OTHER), status(4, RIGHT, parameters=OTHER)], (True, True), "may have"),
         ([status(4, RIGHT), status(5)], (True, False), "another member has committed it"),
         ([status(4, RIGHT), status(5, WRONG)], (True, False), "another member has committed it"),
         ([status(5), status(4, RIGHT), status(5)], (False, True, False), "have yet to commit"),
@@ -203,18 +215,23 @@ def test_a_new_rank_goes_on_from_the_furthest() -> None:
 # since and others never get them. Once a later generation is formed it may go on to that one instead.
 
 
+#
+# Where a vote finds parameters that differ, an exchange follows in which all get those of one rank. That one
+# needs nobody's part for it, and nobody needs another's than that one's.
+
+
 class Part(NamedTuple):
     """What a rank gives to an exchange."""
 
     kind: str
     operation: int
-    content: Status | Vote | None = None
+    content: Status | Vote | bytes | None = None
 
 
 class Rank(NamedTuple):
     phase: str
-    """`user`: in the script. `attempt`, `vote`, `handshake`: waits for the others' parts. `offer`: pauses
-    after a step, to let somebody in. `outside`: has yet to come. `dead`."""
+    """`user`: in the script. `attempt`, `vote`, `heal`, `handshake`: waits for the others' parts. `offer`:
+    pauses after a step, to let somebody in. `outside`: has yet to come. `dead`."""
     committed: int = 0
     generation: int = 1
     exchange: int = 0
@@ -222,6 +239,10 @@ class Rank(NamedTuple):
     held: tuple[int, bytes] | None = None
     between: bool = False
     joining: bool = False
+    parameters: bytes = RIGHT
+    """To which it applies what is committed."""
+    source: int = 0
+    """In `heal`: the rank whose parameters are right."""
 
 
 Given = tuple[tuple[tuple[int, int, int], Part], ...]
@@ -233,8 +254,8 @@ class World(NamedTuple):
     members: tuple[tuple[int, ...], ...]
     """Of generation 1, 2, ..."""
     given: Given
-    decided: tuple[bytes, ...]
-    """The result of each operation that some rank, dead or alive, has committed."""
+    decided: tuple[tuple[bytes, bytes], ...]
+    """The result of each operation that some rank, dead or alive, has committed, and its parameters."""
     deaths: int
     flips: int
     """Bits that may still be flipped."""
@@ -255,9 +276,18 @@ class Protocol:
     judge: Judge = judge
 
     def start(
-        self, ranks: int, *, deaths: int, flips: int = 0, breaks: int = 0, joiner: bool = False
+        self,
+        ranks: int,
+        *,
+        deaths: int,
+        flips: int = 0,
+        breaks: int = 0,
+        joiner: bool = False,
+        sick: bool = False,
     ) -> World:
-        everyone = [Rank("user")] * ranks + [Rank("outside")] * joiner
+        """A `joiner` comes after the first operation; rank 0 may be `sick`: its parameters are wrong."""
+        first = Rank("user", parameters=WRONG if sick else RIGHT)
+        everyone = [first, *[Rank("user")] * (ranks - 1), *[Rank("outside")] * joiner]
         return World(tuple(everyone), (tuple(range(ranks)),), (), (), deaths, flips, breaks)
 
     def moves(self, world: World) -> Iterator[World]:
@@ -329,19 +359,24 @@ class Protocol:
         """Go on to the latest generation, and say how far this rank is."""
         rank = rank._replace(phase="handshake", generation=len(world.members), exchange=0, between=between)
         held = rank.held or (0, NOTHING)
-        own = Status(rank.committed, held[0], rank.held is not None, between, rank.joining, held[1])
+        parameters = rank.parameters if rank.held else NOTHING
+        own = Status(
+            rank.committed, held[0], rank.held is not None, between, rank.joining, held[1], parameters
+        )
         return self.pruned(self.give(world, number, rank, Part("handshake", 0, own)))
 
     def complete(self, world: World, number: int, rank: Rank) -> Iterator[World]:
         """The rank gets all parts of the exchange, if they have been given."""
         given = dict(world.given)
-        keys = [(rank.generation, rank.exchange, one) for one in world.members[rank.generation - 1]]
+        members = world.members[rank.generation - 1]
+        needed = members if rank.phase != "heal" else [rank.source]
+        keys = [(rank.generation, rank.exchange, one) for one in needed]
         if not all(key in given for key in keys):
             return
         parts = [given[key] for key in keys]
         if len({part[:2] for part in parts}) > 1:
             raise Violation(f"ranks are about different things: {parts}")
-        place = world.members[rank.generation - 1].index(number)
+        place = members.index(number)
         after = rank._replace(exchange=rank.exchange + 1)
         if rank.phase == "attempt":
             result = a_hash(f"{rank.committed + 1}.{rank.generation}.{rank.exchange}")
@@ -349,7 +384,8 @@ class Protocol:
             if world.flips:
                 yield self.vote(world._replace(flips=world.flips - 1), number, after, b"!" + result[1:])
         elif rank.phase == "vote":
-            finding = self.judge([part.content for part in parts if isinstance(part.content, Vote)]).finding
+            verdict = self.judge([part.content for part in parts if isinstance(part.content, Vote)])
+            finding = verdict.finding
             if finding is Finding.COMMIT:
                 committed = self.commit(world, number, after)
                 if rank.committed == 0 and world.ranks[-1].phase == "outside":
@@ -357,8 +393,19 @@ class Protocol:
                 yield committed
             elif finding is Finding.REPEAT:
                 yield self.attempt(world, number, after._replace(held=None))
+            elif finding is Finding.HEAL and verdict.wrong:
+                right = next(one for index, one in enumerate(members) if index not in verdict.wrong)
+                healing = after._replace(phase="heal", held=None, source=right)
+                part = Part("heal", rank.committed + 1, rank.parameters)
+                yield self.pruned(self.give(world, number, healing, part))
+            elif finding is Finding.HEAL:
+                yield self.regroup(self.put(world, number, Rank("dead")))  # it ends with an error
             else:
                 raise Violation(f"{finding}: {parts}")
+        elif rank.phase == "heal":
+            copied = parts[0].content
+            assert isinstance(copied, bytes)
+            yield self.pruned(self.attempt(world, number, after._replace(parameters=copied)))
         else:
             yield self.settle(
                 world, number, after, place, [p.content for p in parts if isinstance(p.content, Status)]
@@ -366,7 +413,7 @@ class Protocol:
 
     def vote(self, world: World, number: int, rank: Rank, result: bytes) -> World:
         rank = rank._replace(phase="vote", held=(rank.generation, result))
-        own = Vote(rank.committed + 1, rank.generation, rank.committed + 1, result)
+        own = Vote(rank.committed + 1, rank.generation, rank.committed + 1, result, rank.parameters)
         return self.pruned(self.give(world, number, rank, Part("vote", rank.committed + 1, own)))
 
     def settle(self, world: World, number: int, rank: Rank, place: int, statuses: list[Status]) -> World:
@@ -386,11 +433,11 @@ class Protocol:
     def commit(self, world: World, number: int, rank: Rank) -> World:
         if rank.held is None:
             raise Violation(f"rank {number} is to commit what it does not hold: {world}")
-        result = rank.held[1]
+        applied = rank.held[1], rank.parameters
         known = world.decided[rank.committed : rank.committed + 1]
-        if known and known[0] != result:
+        if known and known[0] != applied:
             raise Violation(f"operation {rank.committed + 1} has two results: {world}")
-        decided = world.decided if known else (*world.decided, result)
+        decided = world.decided if known else (*world.decided, applied)
         rank = rank._replace(phase="user", committed=rank.committed + 1, held=None, between=False)
         return self.pruned(self.put(world._replace(decided=decided), number, rank))
 
@@ -419,25 +466,29 @@ def _key(entry: tuple[tuple[int, int, int], Part]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "operations", "deaths", "flips", "breaks", "joiner"),
+    ("ranks", "operations", "deaths", "flips", "breaks", "joiner", "sick"),
     [
-        (2, 3, 1, 1, 1, False),
-        (3, 3, 2, 0, 0, False),
-        (3, 2, 2, 1, 0, False),
-        (3, 2, 1, 0, 1, False),
-        (4, 2, 1, 0, 0, False),
-        (4, 1, 2, 0, 0, False),
-        (2, 2, 1, 1, 0, True),
-        (2, 2, 1, 0, 1, True),
-        (3, 2, 1, 0, 0, True),
+        (2, 3, 1, 1, 1, False, False),
+        (3, 3, 2, 0, 0, False, False),
+        (3, 2, 2, 1, 0, False, False),
+        (3, 2, 1, 0, 1, False, False),
+        (4, 2, 1, 0, 0, False, False),
+        (4, 1, 2, 0, 0, False, False),
+        (2, 2, 1, 1, 0, True, False),
+        (2, 2, 1, 0, 1, True, False),
+        (3, 2, 1, 0, 0, True, False),
+        (3, 2, 1, 0, 0, False, True),
+        (3, 2, 0, 1, 1, False, True),
+        (4, 1, 1, 0, 0, False, True),
     ],
 )
 def test_no_run_commits_two_results_or_waits_for_ever(
-    ranks: int, operations: int, deaths: int, flips: int, breaks: int, joiner: bool
+    ranks: int, operations: int, deaths: int, flips: int, breaks: int, joiner: bool, sick: bool
 ) -> None:
-    """Every order of every rank's moves, with deaths, flipped bits and generations that end anywhere."""
+    """Every order of every rank's moves, with deaths, flipped bits, generations that end anywhere, and
+    parameters that are wrong."""
     protocol = Protocol(operations)
-    start = protocol.start(ranks, deaths=deaths, flips=flips, breaks=breaks, joiner=joiner)
+    start = protocol.start(ranks, deaths=deaths, flips=flips, breaks=breaks, joiner=joiner, sick=sick)
     assert protocol.explore(start) > 100
 
 
@@ -460,6 +511,10 @@ def forward_with_any_results(statuses: Sequence[Status], rank: int) -> tuple[Ste
     return (Step.FORWARD if "different results" in reason else step), reason
 
 
+def forward_with_any_parameters(statuses: Sequence[Status], rank: int) -> tuple[Step, str]:
+    return resume([status._replace(parameters=NOTHING) for status in statuses], rank)
+
+
 def forward_though_one_lacks_it(statuses: Sequence[Status], rank: int) -> tuple[Step, str]:
     step, reason = resume(statuses, rank)
     return (Step.FORWARD if "lacks the result" in reason else step), reason
@@ -478,22 +533,28 @@ def ignore_results(votes: Sequence[Vote]) -> Verdict:
     return judge([vote._replace(result=NOTHING) for vote in votes])
 
 
+def ignore_parameters(votes: Sequence[Vote]) -> Verdict:
+    return judge([vote._replace(parameters=NOTHING) for vote in votes])
+
+
 @pytest.mark.parametrize(
-    ("wrong", "ranks", "deaths", "flips", "joiner"),
+    ("wrong", "ranks", "deaths", "flips", "joiner", "sick"),
     [
-        (Protocol(2, resume=never_forward), 3, 1, 0, False),
-        (Protocol(2, resume=not_after_another), 3, 1, 0, False),
-        (Protocol(2, resume=forward_with_own_result), 3, 1, 0, False),
-        (Protocol(2, resume=forward_with_any_results), 3, 1, 1, False),
-        (Protocol(2, resume=forward_though_one_lacks_it), 3, 1, 0, False),
-        (Protocol(2, resume=new_ranks_are_like_others), 2, 0, 0, True),
-        (Protocol(2, judge=commit_by_majority), 3, 0, 1, False),
-        (Protocol(2, judge=ignore_results), 2, 0, 1, False),
+        (Protocol(2, resume=never_forward), 3, 1, 0, False, False),
+        (Protocol(2, resume=not_after_another), 3, 1, 0, False, False),
+        (Protocol(2, resume=forward_with_own_result), 3, 1, 0, False, False),
+        (Protocol(2, resume=forward_with_any_results), 3, 1, 1, False, False),
+        (Protocol(1, resume=forward_with_any_parameters), 4, 1, 0, False, True),
+        (Protocol(2, resume=forward_though_one_lacks_it), 3, 1, 0, False, False),
+        (Protocol(2, resume=new_ranks_are_like_others), 2, 0, 0, True, False),
+        (Protocol(2, judge=commit_by_majority), 3, 0, 1, False, False),
+        (Protocol(2, judge=ignore_results), 2, 0, 1, False, False),
+        (Protocol(1, judge=ignore_parameters), 3, 0, 0, False, True),
     ],
 )
 def test_a_wrong_rule_is_found_out(
-    wrong: Protocol, ranks: int, deaths: int, flips: int, joiner: bool
+    wrong: Protocol, ranks: int, deaths: int, flips: int, joiner: bool, sick: bool
 ) -> None:
     """That the search for a bad run can find one."""
     with pytest.raises(Violation):
-        wrong.explore(wrong.start(ranks, deaths=deaths, flips=flips, joiner=joiner))
+        wrong.explore(wrong.start(ranks, deaths=deaths, flips=flips, joiner=joiner, sick=sick))

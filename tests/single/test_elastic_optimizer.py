@@ -13,7 +13,7 @@ from ringps.collectives import ElasticCommunicator
 from ringps.collectives.backend import Work
 from ringps.config import Recovery
 from ringps.data.sampler import ElasticBatchSampler
-from ringps.errors import DivergedError
+from ringps.errors import DivergedError, PeerLostError
 from tests.elastic_rings import ElasticRing, Killed, bytes_of, listening
 from tests.training import filled
 
@@ -149,6 +149,31 @@ def test_a_member_is_lost_in_the_step_in_which_another_was_healed(victim: int, a
     left = [one for one in range(4) if one not in (victim, sick)]
     before = [one for one in range(4) if one != sick]
     assert any(torch.allclose(gradient, mean_of(samples)) for samples in (left, before)), gradient
+
+
+def test_survivors_that_missed_the_votes_still_find_out_whose_parameters_were_wrong() -> None:
+    """Worker 0 dies with all votes in its hands; no other has them, and all hold the same result."""
+    voting: set[int] = set()
+
+    def listen(worker_id: int, point: str, passed: dict[str, Any]) -> None:
+        if point == "vote" and passed["step"] == 2 and passed["attempt"] == 0:
+            voting.add(worker_id)
+
+    def tamper(worker_id: int, when: str, work: Work) -> None:
+        if when == "after" and worker_id in voting:
+            voting.remove(worker_id)
+            if worker_id == 0:
+                raise Killed
+            raise PeerLostError(rank=0, worker_id=0, host="here", reason="a test")
+
+    ring = ElasticRing(4, ALWAYS, tamper=tamper)
+    with listening(listen):
+        results = ring.run(train(sick_at(2, 2)))
+    assert results.keys() == {1, 2, 3}
+    for gradients, _ in results.values():
+        torch.testing.assert_close(gradients[1], mean_of([1, 3]))
+    assert len({parameters for _, parameters in results.values()}) == 1
+    assert [note["step"] for note in ring.notes if note["event"] == "diverged"] == [2]
 
 
 def sampled(upset: Callable[[int, Trainer, int], None], steps: int) -> Callable[..., Any]:
