@@ -51,6 +51,19 @@ _GARBAGE_PER_CALL = 256
 """Refused messages after which `receive` gives the caller a turn to send."""
 
 
+_preparing = threading.Lock()
+
+
+def _prepare_pyzmq() -> None:
+    """Have pyzmq make the one socket by which libzmq tells this process that it has let go of a buffer.
+
+    pyzmq makes it when the first buffer is sent without copying, and takes no lock. Of two ranks that are
+    threads and send at once, one would wait for news by a socket that nobody keeps.
+    """
+    with _preparing:
+        zmq.Frame(b"\0", copy=False)
+
+
 class ZmqTcpListener:
     """A bound data socket that nobody is connected to yet.
 
@@ -66,6 +79,7 @@ class ZmqTcpListener:
         Raises:
             SetupError: this machine has no address `ip`.
         """
+        _prepare_pyzmq()
         self._token = token
         self._exchange = exchange
         self._encrypt = encrypt

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
 import zmq
+from zmq.utils import garbage
 
+from ringps.collectives import Communicator
 from ringps.config import Config
 from ringps.errors import PeerLostError, SetupError
-from ringps.testing import MemoryRing
+from ringps.testing import MemoryRing, run_ring
 from ringps.transport.keys import JobKey
 from ringps.transport.zap import decide
 from ringps.transport.zmq_tcp import ZmqTcpListener, ZmqTcpTransport
@@ -109,6 +114,30 @@ def test_a_closed_link_is_a_lost_peer_that_is_named() -> None:
         memory._backends[1].close()
         with pytest.raises(PeerLostError, match=r"rank 1 \(worker 1 on here\) lost: .* connection closed"):
             handle.wait(20)
+
+
+def test_ranks_that_are_threads_share_what_pyzmq_lets_buffers_go_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    garbage.gc.stop()  # it begins anew when it is needed
+    made: list[object] = []
+    together = threading.Barrier(2)
+    make = zmq.Context.socket
+
+    def socket(self: zmq.Context[zmq.Socket[bytes]], kind: int, **options: object) -> zmq.Socket[bytes]:
+        if kind == zmq.PUSH and self is garbage.gc.context:
+            made.append(self)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.2)  # for another thread that has come to make one
+        return make(self, kind, **options)
+
+    monkeypatch.setattr(zmq.Context, "socket", socket)
+
+    def work(ring: Communicator) -> None:
+        ring.all_reduce(torch.ones(300_000))
+
+    run_ring(3, work, CONFIG, transports=zmq_ring(3, CONFIG))
+    assert len(made) == 1
 
 
 def test_an_address_of_another_machine_is_a_setup_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.k8s.kubelet.node import Node
@@ -41,13 +42,17 @@ class Faults:
     def kill_process(
         self, name: str, matching: str, number: int = signal.SIGKILL, namespace: str | None = None
     ) -> list[int]:
-        """Signal those processes of the pod whose command line contains a text; their ids on this machine."""
-        found = [p for p, command in self.processes(name, namespace).items() if matching in command]
-        if not found:
+        """Signal those processes of the pod whose command line contains a text; their ids on this machine.
+        One may end by itself, or by the end of another, before its turn."""
+        hit = []
+        for pid, command in self.processes(name, namespace).items():
+            if matching in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                    hit.append(pid)
+        if not hit:
             raise LookupError(f"pod {name} has no process with {matching!r} in its command line")
-        for pid in found:
-            os.kill(pid, number)
-        return found
+        return hit
 
     def oom_kill(self, name: str, namespace: str | None = None) -> None:
         """End the pod as the kernel does that has no memory left for it."""
