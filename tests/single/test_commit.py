@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -213,8 +213,6 @@ def test_a_new_rank_goes_on_from_the_furthest() -> None:
 # A generation is a row of exchanges: the handshake, then attempts and votes in turn. A rank gives its part to
 # an exchange and waits. It may get everyone's parts as soon as all have been given, also if somebody has died
 # since and others never get them. Once a later generation is formed it may go on to that one instead.
-
-
 #
 # Where a vote finds parameters that differ, an exchange follows in which all get those of one rank. That one
 # needs nobody's part for it, and nobody needs another's than that one's.
@@ -279,7 +277,7 @@ class Protocol:
         self,
         ranks: int,
         *,
-        deaths: int,
+        deaths: int = 0,
         flips: int = 0,
         breaks: int = 0,
         joiner: bool = False,
@@ -436,7 +434,7 @@ class Protocol:
         applied = rank.held[1], rank.parameters
         known = world.decided[rank.committed : rank.committed + 1]
         if known and known[0] != applied:
-            raise Violation(f"operation {rank.committed + 1} has two results: {world}")
+            raise Violation(f"operation {rank.committed + 1} has two outcomes: {world}")
         decided = world.decided if known else (*world.decided, applied)
         rank = rank._replace(phase="user", committed=rank.committed + 1, held=None, between=False)
         return self.pruned(self.put(world._replace(decided=decided), number, rank))
@@ -466,30 +464,27 @@ def _key(entry: tuple[tuple[int, int, int], Part]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "operations", "deaths", "flips", "breaks", "joiner", "sick"),
+    ("operations", "given"),
     [
-        (2, 3, 1, 1, 1, False, False),
-        (3, 3, 2, 0, 0, False, False),
-        (3, 2, 2, 1, 0, False, False),
-        (3, 2, 1, 0, 1, False, False),
-        (4, 2, 1, 0, 0, False, False),
-        (4, 1, 2, 0, 0, False, False),
-        (2, 2, 1, 1, 0, True, False),
-        (2, 2, 1, 0, 1, True, False),
-        (3, 2, 1, 0, 0, True, False),
-        (3, 2, 1, 0, 0, False, True),
-        (3, 2, 0, 1, 1, False, True),
-        (4, 1, 1, 0, 0, False, True),
+        (3, {"ranks": 2, "deaths": 1, "flips": 1, "breaks": 1}),
+        (3, {"ranks": 3, "deaths": 2}),
+        (2, {"ranks": 3, "deaths": 2, "flips": 1}),
+        (2, {"ranks": 3, "deaths": 1, "breaks": 1}),
+        (2, {"ranks": 4, "deaths": 1}),
+        (1, {"ranks": 4, "deaths": 2}),
+        (2, {"ranks": 2, "deaths": 1, "flips": 1, "joiner": True}),
+        (2, {"ranks": 2, "deaths": 1, "breaks": 1, "joiner": True}),
+        (2, {"ranks": 3, "deaths": 1, "joiner": True}),
+        (2, {"ranks": 3, "deaths": 1, "sick": True}),
+        (2, {"ranks": 3, "flips": 1, "breaks": 1, "sick": True}),
+        (1, {"ranks": 4, "deaths": 1, "sick": True}),
     ],
 )
-def test_no_run_commits_two_results_or_waits_for_ever(
-    ranks: int, operations: int, deaths: int, flips: int, breaks: int, joiner: bool, sick: bool
-) -> None:
+def test_no_run_commits_two_outcomes_or_waits_for_ever(operations: int, given: dict[str, Any]) -> None:
     """Every order of every rank's moves, with deaths, flipped bits, generations that end anywhere, and
     parameters that are wrong."""
     protocol = Protocol(operations)
-    start = protocol.start(ranks, deaths=deaths, flips=flips, breaks=breaks, joiner=joiner, sick=sick)
-    assert protocol.explore(start) > 100
+    assert protocol.explore(protocol.start(**given)) > 100
 
 
 def never_forward(statuses: Sequence[Status], rank: int) -> tuple[Step, str]:
@@ -538,23 +533,21 @@ def ignore_parameters(votes: Sequence[Vote]) -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "ranks", "deaths", "flips", "joiner", "sick"),
+    ("wrong", "given"),
     [
-        (Protocol(2, resume=never_forward), 3, 1, 0, False, False),
-        (Protocol(2, resume=not_after_another), 3, 1, 0, False, False),
-        (Protocol(2, resume=forward_with_own_result), 3, 1, 0, False, False),
-        (Protocol(2, resume=forward_with_any_results), 3, 1, 1, False, False),
-        (Protocol(1, resume=forward_with_any_parameters), 4, 1, 0, False, True),
-        (Protocol(2, resume=forward_though_one_lacks_it), 3, 1, 0, False, False),
-        (Protocol(2, resume=new_ranks_are_like_others), 2, 0, 0, True, False),
-        (Protocol(2, judge=commit_by_majority), 3, 0, 1, False, False),
-        (Protocol(2, judge=ignore_results), 2, 0, 1, False, False),
-        (Protocol(1, judge=ignore_parameters), 3, 0, 0, False, True),
+        (Protocol(2, resume=never_forward), {"ranks": 3, "deaths": 1}),
+        (Protocol(2, resume=not_after_another), {"ranks": 3, "deaths": 1}),
+        (Protocol(2, resume=forward_with_own_result), {"ranks": 3, "deaths": 1}),
+        (Protocol(2, resume=forward_with_any_results), {"ranks": 3, "deaths": 1, "flips": 1}),
+        (Protocol(1, resume=forward_with_any_parameters), {"ranks": 4, "deaths": 1, "sick": True}),
+        (Protocol(2, resume=forward_though_one_lacks_it), {"ranks": 3, "deaths": 1}),
+        (Protocol(2, resume=new_ranks_are_like_others), {"ranks": 2, "joiner": True}),
+        (Protocol(2, judge=commit_by_majority), {"ranks": 3, "flips": 1}),
+        (Protocol(2, judge=ignore_results), {"ranks": 2, "flips": 1}),
+        (Protocol(1, judge=ignore_parameters), {"ranks": 3, "sick": True}),
     ],
 )
-def test_a_wrong_rule_is_found_out(
-    wrong: Protocol, ranks: int, deaths: int, flips: int, joiner: bool, sick: bool
-) -> None:
+def test_a_wrong_rule_is_found_out(wrong: Protocol, given: dict[str, Any]) -> None:
     """That the search for a bad run can find one."""
     with pytest.raises(Violation):
-        wrong.explore(wrong.start(ranks, deaths=deaths, flips=flips, joiner=joiner, sick=sick))
+        wrong.explore(wrong.start(**given))
